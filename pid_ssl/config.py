@@ -102,7 +102,7 @@ class Config:
     cov_coeff: float = _f(1., 'VICReg covariance weight (Bardes et al. 2022)', lo=0., losses=('vicreg',))
     # machine: none of these changes the result
     device: str = _f('auto', 'auto takes CUDA when there is one', choices=('auto', 'cpu', 'cuda', 'mps'), changes_result=False)
-    threads: int = _f(None, 'CPU threads; default: all cores up to 8', lo=1, hi=1024, changes_result=False)
+    threads: int = _f(None, 'CPU threads; default $OMP_NUM_THREADS, else all cores but one, up to 8', lo=1, hi=1024, changes_result=False)
     data_dir: str = _f(None, 'folder of Parquet datasets; default $PID_SSL_DATA, then data/datasets', changes_result=False)
     home: str = _f(None, 'folder that gets data/runs and data/checkpoints; default the project root', changes_result=False)
     download: bool = _f(False, 'let torchvision download a dataset that is not at hand', changes_result=False)
