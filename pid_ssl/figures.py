@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'WIDTH', 'ATOMS', 'plotting', 'colour', 'frame', 'spread', '
 import hashlib, inspect, io, json, os, re
 from pathlib import Path
 import numpy as np
-from .config import digest, project_root
+from .config import digest, parameter_table, project_root
 from .runs import RunRecord, load_records
 
 # %% ../nbs/08_figures.ipynb #71bc3ea3
@@ -45,7 +45,7 @@ def frame(records: list, # of `RunRecord`
     order = {k: i for i, k in enumerate(NAMES)}
     return out.sort_values(['dataset', 'loss', 'seed'], key=lambda s: s.map(order) if s.name == 'loss' else s).reset_index(drop=True) if len(out) else out
 
-def spread(values, # numbers
+def spread(values: list, # numbers, or anything that can be listed
           ) -> str:
     "Mean and sample standard deviation, or the single value."
     v = np.asarray(list(values), float)
@@ -228,9 +228,10 @@ class Gallery:
 def fill_markers(text: str,                       # Markdown with markers
                  folder: str | Path | None = None,# default the project's figures/
                 ) -> str:                         # the same, blocks replaced
-    "Put `NAME.md` of the figures folder between each `<!-- table NAME -->` and the next `<!-- end -->`."
+    "Put `NAME.md` of the figures folder between each `<!-- table NAME -->` and the next `<!-- end -->`; `parameters` is the config's own table."
     folder = Path(folder or project_root()/'figures')
     def block(m):
+        if m.group(1) == 'parameters': return f'<!-- table parameters -->\n{parameter_table()}\n<!-- end -->'
         path = folder/f'{m.group(1)}.md'
         if not path.is_file(): raise FileNotFoundError(f'{path}: README has a marker for it; run nbs/make_figures.ipynb')
         return f'<!-- table {m.group(1)} -->\n{path.read_text().rstrip()}\n<!-- end -->'

@@ -1,0 +1,76 @@
+"""Committed evidence: every record is whole, has the id its config gives it, and every table is made from it."""
+import json
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from pid_ssl import figures
+from pid_ssl.config import from_dict
+from pid_ssl.runs import load_record, load_records, run_id
+
+RECORDS = sorted((ROOT / "data/runs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
+def test_record(path):
+    record = load_record(path)
+    p = record.provenance
+    # an id that no longer follows from its config would make every old run be run again
+    assert run_id(from_dict(record.config), p["dataset_hash"], p["device"]) == record.run_id
+    assert record.status == "finished" and len(record.history) == record.config["epochs"]
+    assert p["image_passes"] and p["device_name"] and p["dataset_note"] and not p["git_dirty"]
+    assert not any("seconds" in k for k in record.metrics), "metrics hold no timing"
+    assert not re.search(r'"/|"[A-Z]:\\\\', json.dumps(record.config)), "no path of somebody's machine"
+
+
+def test_figures_are_up_to_date(tmp_path):
+    """Tables and the input hashes of figures, made again from the records, are the committed ones."""
+    manifest = json.loads((ROOT / "figures/manifest.json").read_text())
+    source = json.loads((ROOT / "nbs/make_figures.ipynb").read_text())
+    code = ["".join(c["source"]) for c in source["cells"] if c["cell_type"] == "code"]
+    space = {"runs": None, "display": lambda *a: None}
+    names = "\n".join(c for c in code if "Gallery" in c or "gallery.add" in c)
+    exec(names.replace("Gallery(figures)", "Gallery(folder)"), space | {"folder": tmp_path, "figures": str(tmp_path)}, local := {})
+    local["gallery"].close()
+    again = json.loads((tmp_path / "manifest.json").read_text())
+    assert again and {k: v["input_hash"] for k, v in again.items()} == {k: v["input_hash"] for k, v in manifest.items() if v["notebook"] == "make_figures"}
+    for name, entry in again.items():
+        for file in entry["output_hashes"]:
+            if not file.endswith(("png", "pdf")):
+                assert (ROOT / "figures" / file).read_bytes() == (tmp_path / file).read_bytes(), file
+
+
+def test_committed_files_are_those_of_the_manifest():
+    manifest = json.loads((ROOT / "figures/manifest.json").read_text())
+    tracked = subprocess.run(["git", "ls-files", "figures"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    listed = {f for v in manifest.values() for f in v["output_hashes"]} | {"manifest.json"}
+    assert {t.removeprefix("figures/") for t in tracked} <= listed
+    for entry in manifest.values():
+        for file, want in entry["output_hashes"].items():
+            assert figures.hashlib.sha256((ROOT / "figures" / file).read_bytes()).hexdigest() == want, f"{file} was edited by hand"
+
+
+def mean(records, loss, key):
+    values = [next(v for k, v in r.metrics.items() if re.sub(r"knn\d+", "knn", k) == key) for r in records if r.config["loss"] == loss]
+    return sum(values) / len(values)
+
+
+KEYS = ("test_linear_logreg", "test_knn_euclidean", "test_knn_cosine")
+
+
+def test_every_loss_beats_the_untrained_network_on_cifar10():
+    records = load_records(ROOT / "data/runs", preset="cpu", dataset="cifar10", eval_on="test")
+    losses = {r.config["loss"] for r in records}
+    assert losses >= {"barlow", "wmse", "vicreg", "simclr", "pid", "pid_barlow"}
+    for loss in losses:
+        for key in KEYS:
+            assert mean(records, loss, key) > mean(records, loss, f"control_{key}"), (loss, key)
+
+
+def test_every_loss_reads_digits_as_well_as_raw_pixels():
+    records = load_records(ROOT / "data/runs", preset="digits", dataset="digits", eval_on="test")
+    for loss in ("barlow", "wmse", "vicreg", "simclr", "pid", "pid_barlow"):
+        assert len({r.config["seed"] for r in records if r.config["loss"] == loss}) >= 3
+        assert mean(records, loss, KEYS[0]) >= mean(records, loss, f"raw_{KEYS[0]}") - 1.5, loss
