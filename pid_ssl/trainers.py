@@ -107,7 +107,7 @@ class Pretraining:
         c, log = self.config, []
         self.embed.train()
         number = len(self.history)
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(hash((c.seed, number)) % 2**63)).to(self.device)
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(c.seed*1_000_003 + number)).to(self.device)
         for i in range(self.steps):
             lr = learning_rate(self.step, self.steps*c.epochs, c.lr, c.warmup)
             for group in self.optimizer.param_groups: group['lr'] = lr
