@@ -157,14 +157,14 @@ def from_dict(given: dict, # field names and values
 
 # %% ../nbs/00_config.ipynb #7ba4c8a7
 _COMMON = dict(projector_layers=2, optimizer='adamw', weight_decay=1e-4, ema_momentum=0.99,
-               beta=0.25, shrinkage=0.01, decorrelation=0.02, w_t=0.3, kappa=0.5)
+               beta=0.25, shrinkage=0.01, w_t=0.3, kappa=0.5)
 PRESETS = {
     'digits': dict(_COMMON, encoder='small', width=16, image_size=8, train_size=0, epochs=40, batch_size=128,
-                   lr=2e-3, projector_hidden=128, projector_dim=64, whitening_size=64, lambda_param=0.05),
+                   lr=2e-3, projector_hidden=128, projector_dim=64, whitening_size=64, lambda_param=0.05, decorrelation=0.02),
     'cpu': dict(_COMMON, encoder='small', width=32, image_size=16, train_size=10_240, epochs=45, batch_size=256,
-                lr=2e-3, projector_hidden=256, projector_dim=128, whitening_size=128, lambda_param=0.1),
+                lr=2e-3, projector_hidden=256, projector_dim=128, whitening_size=128, lambda_param=0.1, decorrelation=0.1),
     'gpu': dict(_COMMON, encoder='resnet18', width=64, image_size=32, train_size=0, epochs=100, batch_size=512,
-                lr=2e-3, projector_hidden=2048, projector_dim=512, whitening_size=128, lambda_param=0.02),
+                lr=2e-3, projector_hidden=2048, projector_dim=512, whitening_size=128, lambda_param=0.02, decorrelation=0.02),
 }
 # Whitening needs sub-batches of at least twice the dimension (Ermolov et al. 2021 use d = 64 on CIFAR)
 LOSS_PRESETS = {('digits', 'wmse'): dict(projector_dim=32), ('cpu', 'wmse'): dict(projector_dim=64),

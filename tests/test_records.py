@@ -61,7 +61,7 @@ KEYS = ("test_linear_logreg", "test_knn_euclidean", "test_knn_cosine")
 
 
 def test_every_loss_beats_the_untrained_network_on_cifar10():
-    records = load_records(ROOT / "data/runs", preset="cpu", dataset="cifar10", eval_on="test")
+    records = figures.defaults_only(load_records(ROOT / "data/runs", preset="cpu", dataset="cifar10", eval_on="test"))
     losses = {r.config["loss"] for r in records}
     assert losses >= {"barlow", "wmse", "vicreg", "simclr", "pid", "pid_barlow"}
     for loss in losses:
@@ -70,7 +70,7 @@ def test_every_loss_beats_the_untrained_network_on_cifar10():
 
 
 def test_every_loss_reads_digits_as_well_as_raw_pixels():
-    records = load_records(ROOT / "data/runs", preset="digits", dataset="digits", eval_on="test")
+    records = figures.defaults_only(load_records(ROOT / "data/runs", preset="digits", dataset="digits", eval_on="test"))
     for loss in ("barlow", "wmse", "vicreg", "simclr", "pid", "pid_barlow"):
         assert len({r.config["seed"] for r in records if r.config["loss"] == loss}) >= 3
         assert mean(records, loss, KEYS[0]) >= mean(records, loss, f"raw_{KEYS[0]}") - 1.5, loss
