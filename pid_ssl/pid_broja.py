@@ -85,6 +85,7 @@ class _Newton:
     def __init__(self, w, s, r, cell, m1, m2, pin):
         (B, n1, n2, nt), self.m1, self.m2 = r.shape, m1, m2
         wr, k = r * w.unsqueeze(-1), torch.where(cell, w / s - w, 0)
+        self.w, self.r, self.k = w, r, k
         block = k[..., None, None] * (r.unsqueeze(-1) * r.unsqueeze(-2))
         torch.diagonal(block, dim1=-2, dim2=-1).add_(wr)
         aa, bb = block.sum(2), block.sum(1)
@@ -103,6 +104,14 @@ class _Newton:
         self.root_b = torch.linalg.cholesky_ex(schur)[0]
 
     def solve(self, rhs_a, rhs_b):
+        "Newton direction, with one step of iterative refinement: near the end the matrix is nearly singular"
+        da, db = self._solve(rhs_a, rhs_b)
+        du = _pair(da, db) * self.r
+        du = du * self.w.unsqueeze(-1) + self.r * (self.k * du.sum(-1)).unsqueeze(-1)
+        ra, rb = self._solve((rhs_a - du.sum(2)) * self.m1, (rhs_b - du.sum(1)) * self.m2)
+        return da + ra, db + rb
+
+    def _solve(self, rhs_a, rhs_b):
         B, n2, nt = rhs_b.shape
         y = torch.linalg.solve_triangular(self.root_a, rhs_a.unsqueeze(-1), upper=False)
         rhs = rhs_b.reshape(B, -1, 1) - self.x_flat.mT @ y.reshape(B, -1, 1)
@@ -123,7 +132,7 @@ def solve_broja(
     p1: Tensor,  # `(B, n1, nt)` pair marginal of (Z1, T), float64
     p2: Tensor,  # `(B, n2, nt)` pair marginal of (Z2, T), float64, with the same marginal of T
     tol: float = 1e-9,  # wanted gap in nats
-    max_iter: int = 100,  # Newton steps at most
+    max_iter: int = 60,  # Newton steps at most
 ) -> Union:
     "Minimise sum q ln(q / q(z1,z2)) over tables with the given pair marginals"
     if p1.shape[1] < p2.shape[1]:  # eliminate the longer side
@@ -141,7 +150,7 @@ def solve_broja(
     cell = support.any(-1)
     pt, px, py = p1.sum(1, keepdim=True), p1.sum(2, keepdim=True), p2.sum(2, keepdim=True)
     w = (p1.unsqueeze(2) * p2.unsqueeze(1) / pt.unsqueeze(1).clamp_min(TINY)).sum(-1)  # independent given T
-    omega = torch.where(cell, w.clamp_min(1e-10), 0)
+    omega = torch.where(cell, w.clamp_min(1e-16), 0)
     omega = omega / omega.sum((-1, -2), keepdim=True)
     a = (_log(p1) - _log(px)) * m1
     b = (_log(p2) - _log(py) - _log(pt)) * m2
@@ -183,7 +192,7 @@ def solve_broja(
         size = _each(torch.minimum(_step_length(w, dw), _step_length(s, ds)).clamp_max(1))
         ahead = ((w + size * dw) * (s + size * ds) * cell).sum((-1, -2))
         sigma = (ahead / mu).clamp_min(0).pow(3).clamp(1e-6, 1)
-        da, db, dw, ds = direction(_each(sigma * mu) * omega - w * s - dw * ds)
+        da, db, dw, ds = direction(_each((sigma * mu).clamp_min(tol / 20)) * omega - w * s - dw * ds)
         longest = (_pair(da, db).abs() * support).amax((-1, -2, -3)).clamp_min(TINY)
         size = torch.minimum(0.9 * torch.minimum(_step_length(w, dw), _step_length(s, ds)), 3 / longest).clamp_max(1)
         size = _each(size)
