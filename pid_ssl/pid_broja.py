@@ -82,10 +82,10 @@ def certificate(
 class _Newton:
     "Factored Newton matrix of a batch: eliminates a, factors the Schur complement in b"
 
-    def __init__(self, w, s, r, cell, m1, m2, pin):
+    def __init__(self, w, s, r, cell, m1, m2, pin, refine):
         (B, n1, n2, nt), self.m1, self.m2 = r.shape, m1, m2
         wr, k = r * w.unsqueeze(-1), torch.where(cell, w / s - w, 0)
-        self.w, self.r, self.k = w, r, k
+        self.w, self.r, self.k, self.refine = w, r, k, refine
         block = k[..., None, None] * (r.unsqueeze(-1) * r.unsqueeze(-2))
         torch.diagonal(block, dim1=-2, dim2=-1).add_(wr)
         aa, bb = block.sum(2), block.sum(1)
@@ -95,17 +95,17 @@ class _Newton:
         ab = block.permute(0, 1, 3, 2, 4).reshape(B, n1, nt, n2 * nt)
         self.x = torch.linalg.solve_triangular(self.root_a, ab, upper=False)
         self.x_flat = self.x.reshape(B, n1 * nt, n2 * nt)
-        schur = -(self.x_flat.mT @ self.x_flat)
-        j = torch.arange(n2, device=r.device)
-        schur.view(B, n2, nt, n2, nt)[:, j, :, j] += bb.transpose(0, 1)
         diag_b = torch.diagonal(bb, dim1=-2, dim2=-1)
-        extra = torch.where(m2, (pin + 1e-14) * diag_b, 1)  # pin one b for each t; no variable where p2 = 0
-        torch.diagonal(schur, dim1=-2, dim2=-1).add_(extra.reshape(B, -1))
+        diag_b.copy_(torch.where(m2, diag_b * (1 + 1e-14 + pin), 1))  # pin one b for each t; no variable where p2 = 0
+        schur = r.new_zeros(B, n2 * nt, n2 * nt)
+        torch.diagonal(schur.view(B, n2, nt, n2, nt), dim1=1, dim2=3).copy_(bb.permute(0, 2, 3, 1))
+        schur.baddbmm_(self.x_flat.mT, self.x_flat, alpha=-1)
         self.root_b = torch.linalg.cholesky_ex(schur)[0]
 
     def solve(self, rhs_a, rhs_b):
-        "Newton direction, with one step of iterative refinement: near the end the matrix is nearly singular"
         da, db = self._solve(rhs_a, rhs_b)
+        if not self.refine:
+            return da, db
         du = _pair(da, db) * self.r
         du = du * self.w.unsqueeze(-1) + self.r * (self.k * du.sum(-1)).unsqueeze(-1)
         ra, rb = self._solve((rhs_a - du.sum(2)) * self.m1, (rhs_b - du.sum(1)) * self.m2)
@@ -164,23 +164,26 @@ def solve_broja(
     for step in range(max_iter + 1):
         g = torch.where(cell, _lse(a, b, support), 0)
         r = torch.where(support, (_pair(a, b) - g.unsqueeze(-1)).exp(), 0)
-        upper, lower, _, _ = certificate(r * w.unsqueeze(-1), a, b, p1, p2)
-        gap = upper - lower
-        better = gap < best_gap[rows]
-        i = rows[better]
-        best_gap[i], best_a[i], best_b[i] = gap[better], a[better], b[better]
-        best_q[i] = (r * w.unsqueeze(-1))[better]
-        live = ~(gap <= tol) & gap.isfinite()
-        if step == max_iter or not live.any():
-            break
-        if live.sum() <= 0.7 * len(live):
-            p1, p2, m1, m2, support, cell, omega, pin, a, b, w, s, g, r, rows = (
-                x[live] for x in (p1, p2, m1, m2, support, cell, omega, pin, a, b, w, s, g, r, rows))
         mu = (w * s * cell).sum((-1, -2))
+        if step == max_iter or not (mu > 1e4 * tol).all():  # not worth a look before
+            q = r * w.unsqueeze(-1)
+            upper, lower, _, _ = certificate(q, a, b, p1, p2)
+            gap = upper - lower
+            better = gap < best_gap[rows]
+            i = rows[better]
+            best_gap[i], best_q[i], best_a[i], best_b[i] = gap[better], q[better], a[better], b[better]
+            live = ~(gap <= tol) & gap.isfinite()
+            if step == max_iter or not live.any():
+                break
+            if live.sum() <= 0.7 * len(live):
+                p1, p2, m1, m2, support, cell, omega, pin, a, b, w, s, g, r, mu, rows = (
+                    x[live] for x in (p1, p2, m1, m2, support, cell, omega, pin, a, b, w, s, g, r, mu, rows))
         mass1, mass2 = (r * w.unsqueeze(-1)).sum(2), (r * w.unsqueeze(-1)).sum(1)
         res1 = torch.where(m1, mass1 * (_log(p1) - mass1.clamp_min(TINY).log()), 0)
         res2 = torch.where(m2, mass2 * (_log(p2) - mass2.clamp_min(TINY).log()), 0)
-        newton, res_g = _Newton(w, s, r, cell, m1, m2, pin), torch.where(cell, g + s, 0)
+        # near the end the matrix is nearly singular: one step of iterative refinement
+        newton = _Newton(w, s, r, cell, m1, m2, pin, bool((mu < 1e-6).any()))
+        res_g = torch.where(cell, g + s, 0)
 
         def direction(target):  # target: wanted change of the products w s
             v = (torch.where(cell, (target + w * res_g) / s, 0)).unsqueeze(-1) * r
@@ -194,7 +197,7 @@ def solve_broja(
         sigma = (ahead / mu).clamp_min(0).pow(3).clamp(1e-6, 1)
         da, db, dw, ds = direction(_each((sigma * mu).clamp_min(tol / 20)) * omega - w * s - dw * ds)
         longest = (_pair(da, db).abs() * support).amax((-1, -2, -3)).clamp_min(TINY)
-        size = torch.minimum(0.9 * torch.minimum(_step_length(w, dw), _step_length(s, ds)), 3 / longest).clamp_max(1)
+        size = torch.minimum(0.95 * torch.minimum(_step_length(w, dw), _step_length(s, ds)), 3 / longest).clamp_max(1)
         size = _each(size)
         a, b, w, s = a + size * da, b + size * db, w + size * dw, s + size * ds
     # what was dropped gets a small multiplier, and the certificate is taken for the table that was asked for
