@@ -125,7 +125,7 @@ def check_cov(
         cov = torch.as_tensor(cov)
     if cov.ndim < 2 or cov.shape[-1] != cov.shape[-2] or cov.shape[-1] == 0:
         raise ValueError(f"cov of shape {tuple(cov.shape)}: need square matrices (..., d, d)")
-    if cov.is_complex() or not cov.is_floating_point() and cov.dtype == torch.bool:
+    if cov.is_complex() or cov.dtype == torch.bool:
         raise ValueError(f"cov of dtype {cov.dtype}: need real numbers")
     tolerance = 1e-4 if cov.dtype in (torch.float32, torch.float16, torch.bfloat16) else 1e-8
     cov = cov.double()

@@ -91,7 +91,7 @@ def _gaussian(z1, z2, t, measure, shrinkage, bias_correct):
 def pid_samples(
     z1: Tensor,  # `(n, d1)`
     z2: Tensor,  # `(n, d2)`
-    t: Tensor,  # `(n, dt)`; `quantised` takes integer labels `(n,)` too
+    t: Tensor,  # `(n, dt)`; `quantised` and `infonce` take integer labels `(n,)` too
     estimator: str = "gaussian",  # coordinate, gaussian, quantised, infonce
     base: float = math.e,  # e for nats, 2 for bits
     measure: Optional[str] = None,  # gaussian: mmi (default) or broja; quantised: broja (default), wb, mmi; else mmi
@@ -114,7 +114,7 @@ def pid_samples(
     measure = check_choice("measure", measure or default, allowed)
     if critic and estimator != "infonce":
         raise TypeError(f"unexpected options for estimator={estimator!r}: {', '.join(critic)}")
-    labels = t if estimator == "quantised" and isinstance(t, Tensor) and not t.is_floating_point() and t.ndim == 1 else None
+    labels = t if isinstance(t, Tensor) and not t.is_floating_point() and t.ndim == 1 else None
     z1, z2, t = check_samples(("z1", "z2", "t"), z1, z2, t)
     n = len(z1)
     if n < 4:
@@ -122,6 +122,8 @@ def pid_samples(
     check_choice("reduce", reduce, ("sum", "mean"))
 
     if estimator == "infonce":
+        if labels is not None:
+            t = torch.nn.functional.one_hot(torch.unique(labels, return_inverse=True)[1]).double()
         fit = fit_infonce(z1, z2, t, seed=seed, **critic)
         def run(i): return pid_from_union(*_mmi(fit.contributions[i].mean(0)), base=base)
         result, n, info = run(torch.arange(len(fit.contributions))), len(fit.contributions), fit.report(check_base(base))
@@ -139,7 +141,7 @@ def pid_samples(
         def run(i): return pid_from_union(*_coordinate(z1[i], z2[i], t[i], eps, reduce), base=base)
         result, info = run(slice(None)), None
     else:
-        def run(i, full=False):
+        def run(i):
             values, extra = _gaussian(z1[i], z2[i], t[i], measure, shrinkage, bias_correct)
             return pid_from_union(*values, base=base, info=extra)
         result = run(slice(None))

@@ -180,3 +180,12 @@ def test_invalid_input(args, options, message):
 def test_unknown_options():
     with pytest.raises(TypeError, match="steps"):
         pid_samples(*Z, "gaussian", steps=3)
+
+
+def test_infonce_takes_class_labels():
+    "Three classes, shown by the first source: one-hot targets, not the numbers 0, 1, 2 on a line"
+    g = generator()
+    label = torch.randint(0, 3, (3000,), generator=g)
+    z1 = torch.nn.functional.one_hot(label).float() + 0.1 * torch.randn(3000, 3, generator=g)
+    pid = pid_samples(z1, torch.randn(3000, 1, generator=g), label, "infonce", steps=100)
+    assert abs(pid.i1 - math.log(3)) < 0.05 and pid.i2.abs() < 0.05
