@@ -94,11 +94,10 @@ def check_pmf(
     pmf = pmf.double()
     if not torch.isfinite(pmf).all():
         raise ValueError("pmf holds NaN or infinite values: need finite probabilities")
-    if (low := pmf.min()) < 0:
-        raise ValueError(f"pmf has a negative entry {low.item():.3g}: need probabilities >= 0")
+    if (pmf < 0).any():
+        raise ValueError(f"pmf has a negative entry {pmf.min().item():.3g}: need probabilities >= 0")
     total = pmf.sum((-1, -2, -3))
-    worst = (total - 1).abs().max() if total.numel() else total.new_zeros(())
-    if worst > tolerance:
+    if ((total - 1).abs() > tolerance).any():
         wrong = total.flatten()[(total - 1).abs().argmax()].item()
         raise ValueError(f"pmf is not normalised: a table sums to {wrong:.9g}; divide by pmf.sum((-1, -2, -3), keepdim=True)")
     return pmf / total[..., None, None, None]
@@ -126,16 +125,16 @@ def check_cov(
         cov = torch.as_tensor(cov)
     if cov.ndim < 2 or cov.shape[-1] != cov.shape[-2] or cov.shape[-1] == 0:
         raise ValueError(f"cov of shape {tuple(cov.shape)}: need square matrices (..., d, d)")
-    if cov.is_complex() or not cov.is_floating_point() and cov.dtype == torch.bool:
+    if cov.is_complex() or cov.dtype == torch.bool:
         raise ValueError(f"cov of dtype {cov.dtype}: need real numbers")
     tolerance = 1e-4 if cov.dtype in (torch.float32, torch.float16, torch.bfloat16) else 1e-8
     cov = cov.double()
     if not torch.isfinite(cov).all():
         raise ValueError("cov holds NaN or infinite values: need finite covariances")
     scale = torch.diagonal(cov, dim1=-2, dim2=-1).abs().amax(-1)[..., None, None]
-    skew = ((cov - cov.mT).abs() / scale.clamp_min(1e-300)).max()
-    if skew > tolerance:
-        raise ValueError(f"cov is not symmetric: |cov - cov.T| reaches {skew.item():.3g} of the largest variance")
+    skew = (cov - cov.mT).abs() / scale.clamp_min(1e-300)
+    if (skew > tolerance).any():
+        raise ValueError(f"cov is not symmetric: |cov - cov.T| reaches {skew.max().item():.3g} of the largest variance")
     return (cov + cov.mT) / 2
 
 

@@ -60,7 +60,7 @@ def pid_discrete(
     p = check_pmf(pmf)
     i1, i2, i12 = discrete_information(p)
     if measure == "broja":
-        if not p.numel():
+        if not p.numel():  # an empty batch
             return pid_from_union(i1, i2, i12, i12, base=base)
         union, gap = _union_broja(p, tol)
         return pid_from_union(i1, i2, i12, union, gap, base=base)

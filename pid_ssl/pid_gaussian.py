@@ -81,10 +81,10 @@ def whitened_channels(
 def union_objective(
     h1: Tensor,  # `(..., d1, dt)` whitened channel of Z1
     h2: Tensor,  # `(..., d2, dt)` whitened channel of Z2
-    k: Tensor,  # `(..., d1, d2)` cross-covariance of the two noises, spectral norm below 1
+    k: Tensor,  # `(..., d1, d2)` cross-covariance of the two noises, spectral norm below 1; may have more batch dimensions
 ) -> Tensor:
     "I(Z1,Z2;T) in nats when the noises are coupled by `k`, `(...)`: never below the union information"
-    eye = lambda h: torch.eye(h.shape[-2], dtype=h.dtype, device=h.device).expand(*h.shape[:-2], -1, -1)
+    eye = lambda h: torch.eye(h.shape[-2], dtype=h.dtype, device=h.device).expand(*k.shape[:-2], -1, -1)
     noise = torch.cat([torch.cat([eye(h1), k], -1), torch.cat([k.mT, eye(h2)], -1)], -2)
     h = torch.cat([h1, h2], -2)
     logdet = lambda m: 2 * torch.diagonal(torch.linalg.cholesky(m), dim1=-2, dim2=-1).log().sum(-1)
