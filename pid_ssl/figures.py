@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'WIDTH', 'ATOMS', 'plotting', 'colour', 'frame', 'defaults_only', 'spread', 'plot_run', 'run_table',
-           'plot_atoms', 'plot_accuracy', 'results_table', 'caption', 'markdown_table', 'Gallery', 'fill_markers']
+           'plot_atoms', 'plot_accuracy', 'results_table', 'paired_table', 'caption', 'markdown_table', 'Gallery',
+           'fill_markers']
 
 # %% ../nbs/08_figures.ipynb #9c9fa37f
 import hashlib, inspect, io, json, os, re
@@ -154,6 +155,25 @@ def results_table(records: list, # of one dataset and preset
     rows.append({'method': 'untrained network', 'seeds': str(len(unique)), **{name: spread(unique[f'control_{split}_{k}']) for k, name in keys.items()}})
     rows.append({'method': 'raw pixels', 'seeds': '', **{name: f"{data[f'raw_{split}_{k}'].iloc[0]:.1f}" for k, name in keys.items()}})
     return pd.DataFrame(rows).fillna('')
+
+def paired_table(records: list, # of one dataset and preset, holding both losses
+                 ours: str = 'pid_barlow',    # a loss
+                 baseline: str = 'barlow',    # the loss it is compared with
+                ):              # pandas DataFrame of text
+    "Difference ours - baseline over the seeds both have, in points, with the 95 % interval of Student's t."
+    _, _, pd = plotting()
+    from scipy import stats
+    data = frame(records)
+    split = data.eval_on.iloc[0]
+    a, b = (data[data.loss == x].set_index('seed') for x in (ours, baseline))
+    seeds = a.index.intersection(b.index)
+    rows = []
+    for key, name in {'linear_logreg': 'linear', 'knn5_euclidean': '5-NN', 'knn_cosine': 'kNN cosine'}.items():
+        d = a.loc[seeds, f'{split}_{key}'] - b.loc[seeds, f'{split}_{key}']
+        half = stats.t.ppf(0.975, len(d) - 1)*d.std(ddof=1)/np.sqrt(len(d)) if len(d) > 1 else np.nan
+        rows.append({'comparison': f'{NAMES[ours]} - {NAMES[baseline]}', 'metric': name, 'paired seeds': str(len(d)), 'difference': f'{d.mean():+.2f}', '95 % interval': f'{d.mean() - half:+.2f} to {d.mean() + half:+.2f}',
+                     'image passes': f"{a.loc[seeds].image_passes.mean()/1e6:.2f} M and {b.loc[seeds].image_passes.mean()/1e6:.2f} M"})
+    return pd.DataFrame(rows)
 
 def caption(records: list, # of one figure
            ) -> str:       # one sentence
