@@ -183,8 +183,8 @@ def caption(records: list, # of one figure
     span = str(seeds[0]) if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'
     return f"{', '.join(sorted(set(data.dataset_note)))}, {data.train_size.iloc[0] or 'all'} training images at {data.image_size.iloc[0]} px, {data.epochs.iloc[0]} epochs, {span} seed{'s' if seeds[-1] > 1 else ''} a loss, {data.eval_on.iloc[0]} split, {', '.join(sorted(set(data.device_name)))}."
 
-# %% ../nbs/08_figures.ipynb #b3395b2f
-def markdown_table(table, # pandas DataFrame of text
+# %% ../nbs/08_figures.ipynb #c11d54b0
+def markdown_table(table: object, # pandas DataFrame of text
                   ) -> str:
     "A Markdown table."
     rows = [list(table.columns), ['---']*len(table.columns), *table.values.tolist()]
