@@ -112,10 +112,13 @@ def plot_atoms(records: list, # of one dataset
 def _label_ends(ax, x, ends):
     "Direct labels at the right end, moved apart where they would overlap."
     low, high = ax.get_ylim()
-    gap, last = (high - low)*0.075, -np.inf
-    for y, text, c in sorted(ends):
-        last = max(y, last + gap)
-        ax.annotate(text, (x, y), (x*1.03, last), color=c, fontsize=6.5, va='center', annotation_clip=False)
+    gap, ends = (high - low)*0.075, sorted(ends)
+    at = [y for y, _, _ in ends]
+    for _ in range(100):  # neighbours that overlap push each other apart
+        for i in range(len(at) - 1):
+            push = max(0., gap - (at[i + 1] - at[i]))/2
+            at[i], at[i + 1] = at[i] - push, at[i + 1] + push
+    for y, (_, text, c) in zip(at, ends): ax.annotate(text, (x, y), (x*1.03, y), color=c, fontsize=6.5, va='center', annotation_clip=False)
 
 def plot_accuracy(records: list, # of one dataset and preset
                  ):              # matplotlib Figure
@@ -211,9 +214,10 @@ class Gallery:
         "Draw a figure (PNG, PDF) or write a table (CSV, Markdown, LaTeX) unless it is up to date."
         if not records: return []
         self.seen.append(name)
-        style = ''.join(inspect.getsource(f) for f in (plotting, make, frame, spread, caption))
+        here = Path(__file__) if '__file__' in globals() else project_root()/'pid_ssl'/'figures.py'
+        style = inspect.getsource(make) + here.read_text()
         parts = [[r.run_id, r.config, r.metrics, r.history, r.provenance.get('train_seconds')] for r in sorted(records, key=lambda r: r.run_id)]
-        inputs = digest([parts, hashlib.sha256(style.encode()).hexdigest(), NAMES, note])
+        inputs = digest([parts, hashlib.sha256(style.encode()).hexdigest(), note])
         old = self.manifest.get(name, {})
         if old.get('input_hash') == inputs and old.get('output_hashes') and all(self._hash(f) == h for f, h in old['output_hashes'].items()):
             return [self.folder/f for f in old['output_hashes']]
