@@ -1,4 +1,5 @@
 """The wheel: imports with runtime dependencies only, and carries nothing of the workshop."""
+import os
 import subprocess
 import sys
 import sysconfig
@@ -52,5 +53,5 @@ try: plotting()
 except ImportError as e: assert 'pid_ssl[figures]' in str(e)
 else: raise AssertionError('matplotlib should not be there')
 """
-    out = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    out = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr
