@@ -15,7 +15,7 @@ from .config import Config, digest, from_dict, identity, parameter_table, projec
 from .runs import RunRecord, load_records
 
 # %% ../nbs/08_figures.ipynb #71bc3ea3
-NAMES = {'barlow': 'Barlow Twins', 'wmse': 'W-MSE', 'vicreg': 'VICReg', 'simclr': 'SimCLR', 'pid': 'PID', 'pid_barlow': 'PID Barlow Twins'}
+NAMES = {'barlow': 'Barlow Twins', 'wmse': 'W-MSE', 'vicreg': 'VICReg', 'simclr': 'SimCLR', 'byol': 'BYOL', 'pid': 'PID', 'pid_barlow': 'PID Barlow Twins', 'pid_wmse': 'PID W-MSE'}
 WIDTH = 3.4  # inches, one column
 
 def plotting() -> tuple: # pyplot, seaborn, pandas
@@ -70,10 +70,11 @@ def plot_run(record: RunRecord, # finished
     epochs = [row['epoch'] for row in h]
     left.plot(epochs, [row['loss'] for row in h], color='k')
     left.set(xlabel='epoch', ylabel=f"{NAMES[record.config['loss']]} loss")
-    for k in h[0]:
+    for k in dict.fromkeys(k for row in h for k in row):
         if k not in ('epoch', 'lr', 'loss') and not k.startswith('val_'):
-            y = np.array([row[k] for row in h])
-            middle.plot(epochs, y/max(1e-12, np.abs(y).max()), label=f'{k} / {np.abs(y).max():.3g}')
+            y = np.array([row.get(k, np.nan) for row in h])  # a term of the second phase starts late
+            top = max(1e-12, np.nanmax(np.abs(y)))
+            middle.plot(epochs, y/top, label=f'{k} / {top:.3g}')
     middle.set(xlabel='epoch', ylabel='terms, by their largest value'); middle.legend(frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     for (k, name), style in zip(ATOMS.items(), ('-', '-', '--', ':')):
         right.plot(epochs, [row[f'val_pid_coordinate_{k}'] for row in h], style, label=name)

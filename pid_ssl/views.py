@@ -35,6 +35,9 @@ POLICIES = {
     'none': Policy(),
     'digits': Policy(rotate=15, translate=0.125, zoom=0.15, jitter=1., brightness=0.4, contrast=0.4, noise=0.1, padding='zeros'),
     'cifar': Policy(crop=(0.2, 1.), flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, gray=0.2),
+    # half and one and a half times cifar's amounts, to see what the strength of the augmentation changes
+    'cifar_weak': Policy(crop=(0.6, 1.), flip=0.5, jitter=0.8, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, gray=0.1),
+    'cifar_strong': Policy(crop=(0.08, 1.), flip=0.5, jitter=0.8, brightness=0.6, contrast=0.6, saturation=0.6, hue=0.15, gray=0.3),
 }
 
 # %% ../nbs/02_views.ipynb #118f5341
