@@ -215,8 +215,8 @@ class Gallery:
         "Draw a figure (PNG, PDF) or write a table (CSV, Markdown, LaTeX) unless it is up to date."
         if not records: return []
         self.seen.append(name)
-        here = Path(__file__) if '__file__' in globals() else project_root()/'pid_ssl'/'figures.py'
-        style = inspect.getsource(make) + here.read_text()
+        here = Path(__file__).parent if '__file__' in globals() else project_root()/'pid_ssl'
+        style = inspect.getsource(make) + ''.join(p.read_text() for p in sorted(here.glob('figures*.py')))
         parts = [[r.run_id, r.config, r.metrics, r.history, r.provenance.get('train_seconds')] for r in sorted(records, key=lambda r: r.run_id)]
         inputs = digest([parts, hashlib.sha256(style.encode()).hexdigest(), note])
         old = self.manifest.get(name, {})
