@@ -230,7 +230,9 @@ class PIDWMSE(TargetLoss, WMSE):
             m, d = w1.shape
             mse, wu = distance(w1, w2), more[0] if self.pairing == 'cross' else wt
             c1, c2 = w1.T @ wt/(m - 1), w2.T @ wu/(m - 1)
-            a2 = (c1*c2).sum()/d
+            c, a2 = (w1*w2).sum()/d/(m - 1), (c1*c2).sum()/d
+            # as in an adjusted R²: what d of m - 1 directions leave over, counted over all of them
+            a2 = c - (c - a2)*(m - 1)/(m - 1 - d)
             c_t = (wt*more[0]).sum()/d/(m - 1) if more else draws.mean()
             floor = 2*(1 - explained(a2, torch.ones_like(a2), c_t))
             rows.append(torch.stack([mse, (distance(w1, wt) + distance(w2, wu))/2, floor, (floor - mse).clamp(min=0), a2.detach(), c_t.detach()]))
