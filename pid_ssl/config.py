@@ -88,7 +88,7 @@ class Config:
     amp: str = _f('auto', 'bfloat16 autocast; auto: on CUDA only', choices=('auto', 'on', 'off'))
     # losses
     beta: float = _f(None, 'weight of redundancy minus synergy in L_beta', lo=-10., hi=10., losses=('pid',))
-    estimator: str = _f('coordinate', 'how mutual information is estimated', choices=('coordinate', 'gaussian', 'infonce'), losses=('pid',))
+    estimator: str = _f(None, 'how mutual information is estimated', choices=('coordinate', 'gaussian', 'infonce'), losses=('pid',), absent='coordinate')
     shrinkage: float = _f(None, 'eps in r -> (1 - eps) r, the guard of the log terms', lo=1e-6, hi=0.5, losses=('pid',))
     decorrelation: float = _f(None, 'weight of feature redundancy (off-diagonal correlations)', lo=0., hi=1e4, losses=('pid',))
     reduction: str = _f('sum', 'sum or mean of the informations over coordinates', choices=('sum', 'mean'), losses=('pid',))
@@ -167,7 +167,7 @@ def from_dict(given: dict, # field names and values
 
 # %% ../nbs/00_config.ipynb #7ba4c8a7
 _COMMON = dict(projector_layers=2, optimizer='adamw', weight_decay=1e-4, ema_momentum=0.99,
-               beta=0.25, shrinkage=0.01, covariance_momentum=0., w_t=0.3, w_r=0.3, kappa=0.5,
+               beta=-0.5, estimator='gaussian', shrinkage=0.01, covariance_momentum=0.9, w_t=0.3, w_r=0.1, kappa=0.5,
                redundancy_phase=0., anneal=0., phase_one='beta')
 PRESETS = {
     'digits': dict(_COMMON, encoder='small', width=16, image_size=8, train_size=0, epochs=40, batch_size=128,

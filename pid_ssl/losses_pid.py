@@ -83,12 +83,12 @@ def scale_gradient(x: torch.Tensor, # any shape
 class PIDLoss(TargetLoss):
     "One-knob PID objective L_beta with a feature-redundancy term (this project's reading of Mohamadi et al. 2023)."
     def __init__(self,
-                 beta: float = 0.25,               # weight of redundancy minus synergy
-                 estimator: str = 'coordinate',    # coordinate, gaussian or infonce
+                 beta: float = -0.5,               # weight of redundancy minus synergy
+                 estimator: str = 'gaussian',      # coordinate, gaussian or infonce
                  shrinkage: float = 0.01,          # eps in r -> (1 - eps) r
                  decorrelation: float = 0.02,      # weight of the off-diagonal correlations between the views
                  reduction: str = 'sum',           # sum or mean of the informations over coordinates
-                 covariance_momentum: float = 0.,  # of running correlations; 0: the batch's own
+                 covariance_momentum: float = 0.9, # of running correlations; 0: the batch's own
                  phase_one: str = 'beta',          # objective at strength 0: barlow, or beta (L_beta at beta = -1)
                  pairing: str = 'draw',            # see `TargetLoss`; cross only with the coordinate estimator
                  dim: int | None = None,           # width d of the embedding: infonce needs it for its critics
@@ -128,7 +128,7 @@ class PIDLoss(TargetLoss):
         if self.estimator == 'gaussian':
             x = torch.cat([x1, x2, t], 1)
             r = self.pair(x.T @ x/n)
-            return gaussian_information(keep*r + self.shrinkage*torch.eye(3*d, dtype=r.dtype, device=r.device), (d, d, d))
+            return tuple(i.to(r.dtype) for i in gaussian_information(keep*r + self.shrinkage*torch.eye(3*d, dtype=r.dtype, device=r.device), (d, d, d)))
         views = torch.cat([x1, x2], 1)
         nets, codes = self.critics.source, [g(t.to(x1.dtype)) for g in self.critics.target]
         out = []
