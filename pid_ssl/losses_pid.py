@@ -210,8 +210,8 @@ class PIDWMSE(TargetLoss, WMSE):
                  whitening_size: int = 128,  # samples whitened together, at least twice the dimension
                  whitening_iters: int = 1,   # random partitions averaged
                  eps: float = 0.,            # added to the covariance's diagonal
-                 w_t: float = 0.3,           # weight of the target terms
-                 w_r: float = 0.3,           # weight of the excess penalty
+                 w_t: float = 1.,            # weight of the target terms
+                 w_r: float = 0.,            # weight of the excess penalty: none won on validation
                  pairing: str = 'draw',      # see `TargetLoss`
                 ):
         TargetLoss.__init__(self, pairing)
