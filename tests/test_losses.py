@@ -27,9 +27,16 @@ def make(name, d=12, **kwargs):
     torch.manual_seed(0)
     if name == "byol":
         kwargs = {"dim": d, "hidden": 32} | kwargs
+    if name == "pid":
+        kwargs = {"estimator": "coordinate", "covariance_momentum": 0.0} | kwargs
     if kwargs.get("estimator") == "infonce":
         kwargs = {"dim": d, "width": 32} | kwargs
     return LOSSES[name](**kwargs)
+
+
+def l_beta(beta, estimator="coordinate", shrinkage=0.01, **kwargs):
+    """The objective of the batch at hand: no running correlations."""
+    return PIDLoss(beta, estimator, shrinkage, covariance_momentum=0.0, **kwargs)
 
 
 def value_and_grad(loss, z1, z2, *targets, seed=0, context=contextlib.nullcontext()):
@@ -193,7 +200,7 @@ def test_l_beta_is_made_of_atoms(beta, shrinkage):
     r = corr(torch.cat([z1, z2, t], 1), torch.cat([z1, z2, t], 1))
 
     # gaussian: every entry is shrunk, the diagonal topped up
-    loss = PIDLoss(beta, "gaussian", shrinkage, decorrelation=0.0)
+    loss = l_beta(beta, "gaussian", shrinkage, decorrelation=0.0)
     p = pid_gaussian((1 - shrinkage) * r + shrinkage * torch.eye(12, dtype=r.dtype), (4, 4, 4), "mmi")
     assert math.isclose(loss(z1, z2, t), beta_objective(p, beta), rel_tol=1e-9)
     i1, i2, i12 = (loss.terms[k] for k in ("i1", "i2", "i12"))
@@ -204,7 +211,7 @@ def test_l_beta_is_made_of_atoms(beta, shrinkage):
     triples = torch.where(torch.eye(3) == 1, 1.0, (1 - shrinkage) * triples)
     p = pid_gaussian(triples, (1, 1, 1), "mmi")
     for reduction, k in (("sum", 1), ("mean", 4)):
-        loss = PIDLoss(beta, "coordinate", shrinkage, decorrelation=0.0, reduction=reduction)
+        loss = l_beta(beta, "coordinate", shrinkage, decorrelation=0.0, reduction=reduction)
         assert math.isclose(loss(z1, z2, t), beta_objective(p, beta).sum() / k, rel_tol=1e-9)
     assert math.isclose((p.redundancy - p.synergy).sum(), loss.terms["i1"] + loss.terms["i2"] - loss.terms["i12"], rel_tol=1e-9)
 
@@ -219,7 +226,7 @@ def test_exchangeable_scalars(a, c):
         redundancy, synergy = -0.5 * math.log(1 - (k * a) ** 2), 0.5 * math.log((1 - (k * a) ** 2) * (1 + k * c) / (1 + k * c - 2 * (k * a) ** 2))
         assert np.allclose([redundancy, synergy], scalar_atoms(k * a, k * c), rtol=1e-12)
         for beta in (-1.0, 0.3, 2.0):
-            loss = PIDLoss(beta, estimator, eps, decorrelation=0.0)
+            loss = l_beta(beta, estimator, eps, decorrelation=0.0)
             assert math.isclose(loss(*views(a, a, c)), (beta - 1) * redundancy - (1 + beta) * synergy, rel_tol=1e-8, abs_tol=1e-12)
         assert math.isclose(loss.terms["i1"], redundancy, rel_tol=1e-8) and math.isclose(loss.terms["i12"] - loss.terms["i1"], synergy, rel_tol=1e-6, abs_tol=1e-12)
 
@@ -263,7 +270,7 @@ def settle(beta, shrinkage, teacher, start):
     The target is the image, or a third such view by the encoder of this step, no gradient through it."""
     image, e1, e2, e3 = exact(torch.eye(4))
     angle = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-    loss, optimiser = PIDLoss(beta, shrinkage=shrinkage, decorrelation=0.0), torch.optim.Rprop([angle], lr=0.1, step_sizes=(1e-9, 0.3))
+    loss, optimiser = l_beta(beta, shrinkage=shrinkage, decorrelation=0.0), torch.optim.Rprop([angle], lr=0.1, step_sizes=(1e-9, 0.3))
     for _ in range(60):
         z1, z2, z3 = (angle.cos() * image + angle.sin() * e for e in (e1, e2, e3))
         optimiser.zero_grad()
@@ -322,17 +329,18 @@ def test_pid_wmse_has_wmse_inside(pairing):
 
 def test_pid_loss_has_a_redundancy_phase():
     """Barlow Twins with the weight of decorrelation, or L_beta at -1; halfway is halfway."""
-    loss = PIDLoss(0.5, phase_one="barlow", decorrelation=0.1)
-    loss.strength = 0.0
-    for ours, theirs in zip(value_and_grad(loss, Z1, Z2), value_and_grad(BarlowTwins(0.1), Z1, Z2)):
-        assert torch.equal(ours, theirs)
-    full = PIDLoss(0.5, decorrelation=0.1)(Z1, Z2, T)
+    for estimator in ("gaussian", "coordinate"):
+        loss = l_beta(0.5, estimator, phase_one="barlow", decorrelation=0.1)
+        loss.strength = 0.0
+        for ours, theirs in zip(value_and_grad(loss, Z1, Z2), value_and_grad(BarlowTwins(0.1), Z1, Z2)):
+            assert torch.equal(ours, theirs)
+    full = l_beta(0.5, decorrelation=0.1)(Z1, Z2, T)
     loss.strength = 0.25
     off = 0.1 * loss.terms["feature_redundancy"]
     assert math.isclose(loss(Z1, Z2, T) - off, 0.25 * (full - off) + 0.75 * (BarlowTwins(0.1)(Z1, Z2) - off), rel_tol=1e-9)
-    loss = PIDLoss(0.5, phase_one="beta")
+    loss = l_beta(0.5, phase_one="beta")
     loss.strength = 0.25
-    assert math.isclose(loss(Z1, Z2, T), PIDLoss(-1 + 0.25 * 1.5)(Z1, Z2, T), rel_tol=1e-9) and loss.wants_target
+    assert math.isclose(loss(Z1, Z2, T), l_beta(-1 + 0.25 * 1.5)(Z1, Z2, T), rel_tol=1e-9) and loss.wants_target
 
 
 def test_strength_scales_the_weights():
@@ -368,14 +376,14 @@ def test_agreement_beyond_the_target():
     copies, floor = (views(0.8, 0.8, c, d=16, n=512) for c in (1.0, 0.64))
     for estimator in ("coordinate", "gaussian"):
         for beta in (-0.9, 0.0, 0.5, 1.0, 2.0):
-            loss = PIDLoss(beta, estimator, 1e-4, decorrelation=0.0)
+            loss = l_beta(beta, estimator, 1e-4, decorrelation=0.0)
             value, t = loss(*copies), loss.terms
             synergy = t["i12"] - t["i1"]
             assert synergy.abs() < 1e-2 * t["i1"] and math.isclose(t["i1"], t["i2"], rel_tol=1e-9)
             better, t2 = loss(*floor), loss.terms
             assert math.isclose(t["i1"], t2["i1"], rel_tol=1e-9) and math.isclose(t2["i12"] - t2["i1"], 16 * 0.5 * math.log(1.64), rel_tol=1e-2)
             assert better < value - 0.1 * (1 + beta)
-        loss = PIDLoss(-1.0, estimator, decorrelation=0.0)
+        loss = l_beta(-1.0, estimator, decorrelation=0.0)
         assert math.isclose(loss(*copies), loss(*floor), rel_tol=1e-9)
     for excess in ("two_sided", "one_sided"):
         loss = PIDBarlowTwins(kappa=1.0, excess=excess)
@@ -395,7 +403,7 @@ def test_agreement_beyond_the_target():
 
 @pytest.mark.parametrize("estimator", ["coordinate", "gaussian"])
 def test_degenerate_cases_are_seen_in_the_terms(estimator):
-    loss = PIDLoss(0.25, estimator, 1e-3, decorrelation=0.0)
+    loss = l_beta(0.25, estimator, 1e-3, decorrelation=0.0)
     # T copied from view 1, view 2 unrelated: unique information only
     loss(*views(1, 0, 0, d=4))
     i1, i2, i12 = (loss.terms[k].item() for k in ("i1", "i2", "i12"))
@@ -413,7 +421,7 @@ def test_degenerate_cases_are_seen_in_the_terms(estimator):
 
 def test_infonce_sees_xor():
     """T is the sign of the product: nothing in one view, ln 2 in both, all of it synergy; correlations see nothing."""
-    loss = PIDLoss(0.0, "infonce", decorrelation=0.0, dim=1, width=32)
+    loss = l_beta(0.0, "infonce", decorrelation=0.0, dim=1, width=32)
     optimiser, g = torch.optim.Adam(loss.parameters(), 5e-3), torch.Generator().manual_seed(0)
     for _ in range(200):
         z1, z2 = (torch.randn(256, 1, generator=g).sign() for _ in range(2))
@@ -421,7 +429,7 @@ def test_infonce_sees_xor():
         loss(z1, z2, z1 * z2).backward()
         optimiser.step()
     assert loss.terms["i12"] > 0.6 and loss.terms["i1"].abs() < 0.05 and loss.terms["i2"].abs() < 0.05
-    loss = PIDLoss(0.0, "gaussian", decorrelation=0.0)
+    loss = l_beta(0.0, "gaussian", decorrelation=0.0)
     loss(z1, z2, z1 * z2)
     assert loss.terms["i12"] < 0.05
 
@@ -496,7 +504,7 @@ def test_gradient_of_crossed_targets_with_the_lift():
         i1, i2, i12 = scalar_information(0.99 * a, 0.99 * a, 0.99 * (c + lift))
         return (-i12 + 0.7 * (i1 + i2 - i12)).sum()
     assert gradcheck(frozen, (z1, z2))
-    loss = PIDLoss(0.7, pairing="cross", decorrelation=0.0)
+    loss = l_beta(0.7, pairing="cross", decorrelation=0.0)
     for x, y in zip(value_and_grad(frozen, z1, z2), value_and_grad(loss, z1, z2, t1, t2)):
         assert torch.allclose(x, y, rtol=1e-9)
 
@@ -514,7 +522,7 @@ def test_autocast_stays_outside(name, arguments, dtype):
     run = lambda inputs, **context: value_and_grad(make(name, **arguments), *inputs, **context)
     assert all(torch.equal(x, y) for x, y in zip(run(inputs, context=torch.autocast("cpu", dtype=dtype)), run(inputs)))
     value = run(coarse, context=torch.autocast("cpu", dtype=dtype))[0]
-    assert value == run([x.float() for x in coarse])[0] and value.dtype in (torch.float32, torch.float64)
+    assert value == run([x.float() for x in coarse])[0] and value.dtype == torch.float32
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0, 3.0])
@@ -667,14 +675,14 @@ def test_mean_of_draws_by_spearman_brown():
 
 def test_crossed_targets_estimate_a_third_view():
     (z1, z2), (t1, t2, t3, _), tolerance = simulated()
-    third, cross = (PIDLoss(0.5, pairing=p, decorrelation=0.0) for p in ("draw", "cross"))
+    third, cross = (l_beta(0.5, pairing=p, decorrelation=0.0) for p in ("draw", "cross"))
     third(z1, z2, t3), cross(z1, z2, t1, t2)
     for k in ("a1", "a2"):
         assert math.isclose(third.terms[k], cross.terms[k], abs_tol=tolerance)
     for k in ("i1", "i2", "i12"):
         assert math.isclose(third.terms[k], cross.terms[k], rel_tol=0.05)
     # the teacher's embedding of the same view shares its noise
-    own = PIDLoss(0.5, decorrelation=0.0)
+    own = l_beta(0.5, decorrelation=0.0)
     own(z1, z2, t1)
     assert own.terms["a1"] > third.terms["a1"] + 0.2
 
