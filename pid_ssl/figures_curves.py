@@ -9,6 +9,7 @@ __all__ = ['PANELS', 'PAIRS', 'matching', 'setting', 'plot_beta', 'beta_table', 
 import numpy as np
 from .config import Config, from_dict, identity, resolve
 from .figures import NAMES, WIDTH, colour, frame, plotting, spread
+from .runs import RunRecord
 
 # %% ../nbs/08_figures_curves.ipynb #50cfa0b2
 def _plain(c, **settings):
