@@ -102,7 +102,7 @@ class Config:
     ema_momentum: float = _f(None, 'momentum of the EMA teacher', lo=0., hi=1., losses=TEACHER_LOSSES)
     redundancy_phase: float = _f(None, 'share of the steps spent in the redundancy phase, before beta, kappa and the target terms come in', lo=0., hi=1., losses=PID_LOSSES, absent=0.)
     anneal: float = _f(None, 'share of the steps over which they then rise to their values', lo=0., hi=1., losses=PID_LOSSES, absent=0.)
-    phase_one: str = _f(None, 'objective of pid in the redundancy phase: Barlow Twins, or L_beta at beta = -1', choices=('barlow', 'beta'), losses=('pid',), absent='beta')
+    phase_one: str = _f(None, 'objective of pid in the redundancy phase: Barlow Twins, or L_beta with beta -1', choices=('barlow', 'beta'), losses=('pid',), absent='beta')
     lambda_param: float = _f(None, 'weight of Barlow Twins\' off-diagonal term', lo=0., hi=1e4, losses=('barlow', 'pid_barlow'))
     whitening_size: int = _f(None, 'sub-batch in which W-MSE whitens; at least twice projector_dim', lo=4, losses=('wmse', 'pid_wmse'))
     whitening_iters: int = _f(1, 'random sub-batch partitions averaged by W-MSE (Ermolov et al. 2021)', lo=1, hi=64, losses=('wmse', 'pid_wmse'))

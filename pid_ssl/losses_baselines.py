@@ -72,7 +72,7 @@ class WMSE(SSLLoss):
 
 # %% ../nbs/04_losses_baselines.ipynb #5114dc72
 class VICReg(SSLLoss):
-    "VICReg (Bardes et al. 2022, arXiv 2105.04906), equations 1 to 6."
+    "VICReg (Bardes et al. 2022, arXiv 2105.04906), equations 1 to 6 with the means of the authors' code, which its weights belong to."
     def __init__(self,
                  sim_coeff: float = 25., # invariance
                  std_coeff: float = 25., # variance

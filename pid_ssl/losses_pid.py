@@ -142,7 +142,7 @@ class PIDLoss(TargetLoss):
     def compute(self, z1, z2, t1, t2):
         x1, x2 = standardise(z1), standardise(z2)
         gram = cross_correlation(x1, x2)
-        if self.estimator != 'gaussian': gram = self.pair(gram)
+        if self.estimator != 'gaussian' and self.wants_target: gram = self.pair(gram)
         c, off = gram.diagonal(), off_diagonal(gram).square().sum()
         if not self.wants_target:
             on = (1 - c).square().sum()
