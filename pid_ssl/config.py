@@ -71,7 +71,7 @@ class Config:
     # data
     train_size: int = _f(None, 'training images, class-balanced; 0: all of them', lo=0)
     image_size: int = _f(None, 'pixels a side that images are resized to', lo=8, hi=512)
-    batch_size: int = _f(None, 'images a step (two or three views of each)', lo=4, hi=65_536)
+    batch_size: int = _f(None, 'images a step (two to four views of each)', lo=4, hi=65_536)
     policy: str = _f('auto', 'augmentation policy of both views; auto: the dataset\'s', choices=('auto', 'digits', 'cifar', 'cifar_weak', 'cifar_strong', 'none'))
     eval_on: str = _f('test', 'split the final numbers are measured on; choose settings on val', choices=('test', 'val'))
     # model
@@ -201,6 +201,8 @@ def resolve(config: Config,            # validated, fields may be None
             raise ConfigError('whitening_size', out.whitening_size, f'a divisor of batch_size = {out.batch_size}')
     if out.loss == 'pid' and out.target == 'ema_view' and out.estimator != 'coordinate':
         raise ConfigError('target', out.target, f'ema_clean, ema_third, mean_of_others with estimator {out.estimator}: the joint information needs one target for both views')
+    if out.loss == 'pid_wmse' and out.target == 'ema_view' and out.w_r:
+        raise ConfigError('w_r', out.w_r, '0 with target ema_view: the floor needs one target for both views')
     if out.loss in PID_LOSSES and out.redundancy_phase + out.anneal > 1:
         raise ConfigError('anneal', out.anneal, f'at most {1 - out.redundancy_phase:g}, what redundancy_phase = {out.redundancy_phase:g} leaves of the run')
     return out
@@ -224,7 +226,8 @@ def identity(config: Config, # resolved
 def unread(config: Config, # before or after `resolve`
           ) -> list:       # names of fields set by the user that the loss ignores
     "Fields that differ from their default and that the chosen loss does not read: worth a warning."
-    return [f.name for f in dataclasses.fields(config) if not reads(config, f.name) and getattr(config, f.name) != f.default]
+    blind = {'shrinkage'} if config.loss == 'pid' and config.estimator == 'infonce' else set()  # critics have no correlations to shrink
+    return [f.name for f in dataclasses.fields(config) if (f.name in blind or not reads(config, f.name)) and getattr(config, f.name) != f.default]
 
 # %% ../nbs/00_config.ipynb #07172f74
 def parameter_table() -> str: # Markdown

@@ -119,5 +119,5 @@ def headline_table(records: list, # of one dataset, preset and split: defaults o
                 d = a[f'{split}_{key}'] - b.loc[seeds, f'{split}_{key}']
                 half = stats.t.ppf(0.975, len(d) - 1)*d.std(ddof=1)/len(d)**0.5
                 rows.append({'comparison': f'{NAMES[ours]} - {NAMES[baseline]}', 'at': equal, 'image passes': f'{passes[0]/1e6:.2f} M, {passes[1]/1e6:.2f} M', 'metric': name, 'paired seeds': str(len(d)),
-                             'difference': f'{d.mean():+.2f}', '95 % interval': f'{d.mean() - half:+.2f} to {d.mean() + half:+.2f}', 'effect size': f'{d.mean()/d.std(ddof=1):+.1f}'})
+                             'difference': f'{d.mean():+.2f}', '95 % interval': f'{d.mean() - half:+.2f} to {d.mean() + half:+.2f}', 'effect size d': f'{d.mean()/d.std(ddof=1):+.1f}'})
     return pd.DataFrame(rows)

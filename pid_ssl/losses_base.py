@@ -77,7 +77,7 @@ class RunningMean(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # the shape is known only once data has been seen
-        if prefix + 'mean' in state_dict: self.mean = torch.zeros_like(state_dict[prefix + 'mean'])
+        if prefix + 'mean' in state_dict: self.mean = torch.zeros_like(state_dict[prefix + 'mean'], device=self.count.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 # %% ../nbs/04_losses_base.ipynb #52d9e632

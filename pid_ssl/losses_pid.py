@@ -218,23 +218,25 @@ class PIDWMSE(TargetLoss, WMSE):
         TargetLoss.__init__(self, pairing)
         WMSE.__init__(self, whitening_size, whitening_iters, eps)
         self.pairing, self._calls, self._unequal = pairing, 0, 0.
+        if pairing == 'cross' and w_r: raise ConfigError('w_r', w_r, '0 with pairing cross: the floor needs one target for both views')
         self.w_t, self.w_r = check_weight('w_t', w_t), check_weight('w_r', w_r)
 
     def compute(self, z1, z2, t1, t2):
         if not self.wants_target: return WMSE.compute(self, z1, z2)
-        s1, s2, draws = self.targets(t1, t2)
+        s1, s2, _ = self.targets(t1, t2)
         self.watch(standardise(z1)*s1, standardise(z2)*s2)
-        # a mean of two draws is whitened once; otherwise the second draw only serves c_T, and crossed targets serve as each other's
-        second = None if t2 is None or self.pairing == 'mean' else (s2 if self.pairing == 'cross' else t2)
+        # the draws beside the target serve c_T; crossed targets are each other's second draw
+        draws = () if t2 is None else dict(draw=(t2,), cross=(s2,), mean=(t1, t2))[self.pairing]
         rows = []
-        for w1, w2, wt, *more in self.parts(z1, z2, s1, *(() if second is None else (second,))):
+        for w1, w2, wt, *more in self.parts(z1, z2, s1, *draws):
             m, d = w1.shape
             mse, wu = distance(w1, w2), more[0] if self.pairing == 'cross' else wt
             c1, c2 = w1.T @ wt/(m - 1), w2.T @ wu/(m - 1)
             c, a2 = (w1*w2).sum()/d/(m - 1), (c1*c2).sum()/d
             # as in an adjusted R²: what d of m - 1 directions leave over, counted over all of them
             a2 = c - (c - a2)*(m - 1)/(m - 1 - d)
-            c_t = (wt*more[0]).sum()/d/(m - 1) if more else draws.mean()
+            c_t = (more[-2] if self.pairing == 'mean' else wt).mul(more[-1]).sum()/d/(m - 1) if more else torch.ones_like(a2)
+            if self.pairing == 'mean': c_t = 2*c_t/(1 + c_t).clamp(min=1e-6)
             floor = 2*(1 - explained(a2, torch.ones_like(a2), c_t))
             rows.append(torch.stack([mse, (distance(w1, wt) + distance(w2, wu))/2, floor, (floor - mse).clamp(min=0), a2.detach(), c_t.detach()]))
         mse, target, floor, excess, a2, c_t = torch.stack(rows).mean(0)
