@@ -68,7 +68,8 @@ def _read_table(path):
     except (KeyError, ValueError, TypeError, AttributeError, pyarrow.ArrowException) as e:
         raise DataError(f"{path}: column img has no bytes or label is missing ({e}); accepted: img struct<bytes, path>, label integer") from None
     if not len(labels): raise DataError(f"{path}: no rows; accepted: at least one image")
-    if labels.dtype.kind not in 'iu' or labels.min() < 0: raise DataError(f"{path}: label has type {labels.dtype}; accepted: integers from 0")
+    if labels.dtype.kind not in 'iu': raise DataError(f"{path}: label has type {labels.dtype}; accepted: integers from 0, none missing")
+    if labels.min() < 0 or labels.max() >= 2**31: raise DataError(f"{path}: label ranges from {labels.min()} to {labels.max()}; accepted: integers from 0")
     return blobs, labels.astype(np.int64)
 
 def _decode(path, blobs, rows, size):
@@ -143,6 +144,10 @@ def _parquet(name, folder, size):
     for path in files.values():
         if not path.is_file(): raise DataError(f"{path}: no such file; accepted: a folder {name}/ holding train.parquet and test.parquet")
     tables = {s: _read_table(p) for s, p in files.items()}
+    # a stray label would make as many classes as its value
+    train, test = (np.unique(tables[s][1]) for s in ('train', 'test'))
+    if train[-1] >= len(tables['train'][1]): raise DataError(f"{files['train']}: label {train[-1]} among {len(tables['train'][1])} images; accepted: class numbers from 0, fewer than images")
+    if (stray := np.setdiff1d(test, train)).size: raise DataError(f"{files['test']}: label {stray[0]} does not occur in {files['train'].name}; accepted: the {len(train)} classes of the training images")
     hashes = {s: _file_hash(p) for s, p in files.items()}
     note = NOTES[_KNOWN_COPIES.get(hashes['train'], name if name in NOTES else '')] if name in NOTES or hashes['train'] in _KNOWN_COPIES else name
     digest = hashlib.sha256((hashes['train'] + hashes['test']).encode()).hexdigest()
