@@ -1,0 +1,232 @@
+"""Stop, kill, starve and damage a small run on digits, then start it again: does it end where the undisturbed run does?
+
+`test_faults.py` does a part of it. As a program it does the whole and writes `data/benchmarks/faults.json`:
+    OMP_NUM_THREADS=1 python tests/fault_harness.py
+"""
+import builtins
+import ctypes
+import io
+import json
+import multiprocessing.util
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ARGS = dict(loss="pid", epochs=3, width=4, train_size=64, batch_size=32, projector_dim=8, projector_hidden=8, threads=1)
+
+# one process imports torch, every run is forked from it
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["pid_ssl.trainers", "fault_harness"])
+
+
+class Points:
+    """Count every open for writing, write, sync, rename and removal under a folder; at the `at`-th do `act`."""
+
+    def __init__(self, home, at=None, act=lambda: os.kill(os.getpid(), signal.SIGKILL), before=None):
+        self.home, self.at, self.act, self.before, self.names = str(home), at, act, before, []
+        for name in ("replace", "mkdir", "unlink", "rmdir", "fsync"):
+            setattr(os, name, self.counted(name, getattr(os, name)))
+        self.open = io.open
+        builtins.open = io.open = self.opened
+
+    def point(self, name):
+        self.names.append(name)
+        if len(self.names) == self.at:
+            self.act()
+
+    def counted(self, name, function):
+        def call(path, *args, **kwargs):
+            self.point(f"{name} {path if isinstance(path, int) else Path(path).name}")
+            return function(path, *args, **kwargs)
+
+        return call
+
+    def opened(self, path, mode="r", *args, **kwargs):
+        if isinstance(path, int) or not set(mode) & set("wax+") or not str(path).startswith(self.home):
+            return self.open(path, mode, *args, **kwargs)
+        self.point(f"open {Path(path).name}")
+        return Half(self, self.open(path, mode, *args, **kwargs))
+
+
+class Half:
+    """A file whose writes go in two halves, a point between them."""
+
+    def __init__(self, points, file):
+        self.points, self.file = points, file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, data):
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        self.points.point(f"write {Path(self.file.name).name}")
+        return self.file.write(data[len(data) // 2 :])
+
+
+# what a child does to itself before it starts
+
+
+def kill_at(home, at):
+    Points(home, at)
+
+
+def pause_at(home, at):
+    Points(home, at, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def list_points(home, file):
+    points = Points(home)
+    multiprocessing.util.Finalize(None, lambda: Path(file).write_text(json.dumps(points.names)), exitpriority=1)
+
+
+def at_step(step, act):
+    """Call `act` when a step is about to be made; what it returns, if anything, is the loss."""
+    from pid_ssl.trainers import Pretraining
+
+    real = Pretraining.batch_loss
+
+    def batch_loss(self, images):
+        loss = real(self, images)
+        return act(loss) if self.step == step else loss
+
+    Pretraining.batch_loss = batch_loss
+
+
+def signal_at(home, step, number):
+    at_step(step, lambda loss: os.kill(os.getpid(), number) or loss)
+
+
+def nan_at(home, step):
+    at_step(step, lambda loss: loss * float("nan"))
+
+
+def small_files(home, size):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def full_disk(home, name):
+    """Files of this name are on a full device."""
+    real = io.open
+
+    def opened(path, mode="r", *args, **kwargs):
+        full = "w" in mode and Path(str(path)).name == name
+        return real("/dev/full" if full else path, mode, *args, **kwargs)
+
+    builtins.open = opened
+
+
+def read_only(home):
+    """Nobody may write to `home`; root could, so it gives that right up (CAP_DAC_OVERRIDE)."""
+    Path(home).chmod(0o555)
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        version, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert libc.capget(version, sets) == 0
+        sets[0] &= ~(1 << 1)
+        assert libc.capset(version, sets) == 0
+
+
+def clock_back(home, seconds):
+    real, gmtime = time.time, time.gmtime
+    time.time = lambda: real() - seconds
+    time.gmtime = lambda s=None: gmtime(time.time() if s is None else s)
+
+
+FAULTS = {f.__name__: f for f in (kill_at, pause_at, list_points, signal_at, nan_at, small_files, full_disk, read_only, clock_back)}
+
+
+def child(home, args, log, fault, parameters):
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), stream)
+    os.environ.pop("IN_TEST", None)
+    from pid_ssl.trainers import main
+
+    if fault:
+        FAULTS[fault](home, *parameters)
+    argv = [f"--{k}" if v is True else f"--{k}={v}" for k, v in {**ARGS, **args}.items()]
+    sys.exit(main([*argv, f"--home={home}"]))
+
+
+class Run:
+    """One run in a home of its own, started as often as it takes."""
+
+    def __init__(self, home, **args):
+        self.home, self.args, self.log = Path(home), args, Path(f"{home}.log")
+
+    def begin(self, fault=None, *parameters):
+        self.log.unlink(missing_ok=True)
+        process = context.Process(target=child, args=(str(self.home), self.args, str(self.log), fault, parameters))
+        process.start()
+        return process
+
+    def start(self, fault=None, *parameters):
+        """Exit status (negative: the signal that ended it) and output."""
+        process = self.begin(fault, *parameters)
+        process.join(120)
+        assert process.exitcode is not None, "hangs"
+        return process.exitcode, self.log.read_text()
+
+    @property
+    def records(self):
+        return sorted((self.home / "data/runs").glob("*"))
+
+    @property
+    def checkpoints(self):
+        return sorted((self.home / "data/checkpoints").glob("*/*-*"))
+
+    def result(self):
+        from pid_ssl.models import load_checkpoint
+        from pid_ssl.runs import load_record
+
+        (path,) = self.records
+        record = load_record(path)
+        load_checkpoint(self.home / "data/checkpoints" / record.run_id / "final")
+        return record.status, record.metrics, record.history
+
+    def faults(self, whole):
+        """What differs from the undisturbed run, after the last start."""
+        left = [p.name for p in self.home.rglob("*") if ".tmp-" in p.name or ".old-" in p.name or p.name.startswith("epoch-")]
+        out = [f"left behind: {left}"] if left else []
+        if self.result() != whole.result():
+            out.append("another result")
+        return out
+
+
+def undisturbed(folder, **args):
+    """The run left alone, and the points at which it can be killed."""
+    whole = Run(Path(folder) / "whole", **args)
+    status, text = whole.start("list_points", str(Path(folder) / "points.json"))
+    assert status == 0, text
+    return whole, json.loads((Path(folder) / "points.json").read_text())
+
+
+def killed(run, whole, at, times=1):
+    """Kill a run `times` times in a row at a point, then start it until it is finished; what is wrong then."""
+    hits = sum(run.start("kill_at", at)[0] == -signal.SIGKILL for _ in range(times))
+    status, text = run.start()
+    return hits, [f"exit status {status}: {text}"] if status else run.faults(whole)
+
+
+def killed_after(run, whole, seconds):
+    process = run.begin()
+    process.join(seconds)
+    hit = process.exitcode is None
+    process.kill()
+    process.join()
+    status, text = run.start()
+    return hit, [f"exit status {status}: {text}"] if status else run.faults(whole)
