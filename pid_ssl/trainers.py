@@ -7,12 +7,12 @@ __all__ = ['AUDIT_IMAGES', 'AUDIT_SEED', 'save_state', 'load_state', 'RunInterru
            'main']
 
 # %% ../nbs/07_trainers.ipynb #4ce2b9d2
-import argparse, contextlib, dataclasses, math, os, shutil, signal, sys, threading, time, warnings
+import argparse, contextlib, dataclasses, math, os, signal, sys, threading, time, warnings
 from pathlib import Path
 import torch
 from tqdm import tqdm
 from .config import Config, ConfigError, accepted, from_dict, identity, resolve, unread
-from .data import DataError, Dataset, ViewMaker, load_dataset
+from .data import DataError, ViewMaker, load_dataset
 from .evaluate import calibrate_batchnorm, evaluate_encoder, pid_audit, raw_pixels
 from .models import CheckpointError, StorageError, load_checkpoint, remove_checkpoint, save_checkpoint
 from .runs import RecordError, RunLocked, RunRecord, checkpoint_folder, find_record, lock_run, peak_memory, provenance, run_id, runs_folder

