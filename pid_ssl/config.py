@@ -102,7 +102,7 @@ class Config:
     ema_momentum: float = _f(None, 'momentum of the EMA teacher', lo=0., hi=1., losses=TEACHER_LOSSES)
     redundancy_phase: float = _f(None, 'share of the steps spent in the redundancy phase, before beta, kappa and the target terms come in', lo=0., hi=1., losses=PID_LOSSES, absent=0.)
     anneal: float = _f(None, 'share of the steps over which they then rise to their values', lo=0., hi=1., losses=PID_LOSSES, absent=0.)
-    phase_one: str = _f(None, 'objective of pid in the redundancy phase: Barlow Twins, or L_beta at beta = -1', choices=('barlow', 'beta'), losses=('pid',), absent='beta')
+    phase_one: str = _f(None, 'objective of pid in the redundancy phase: Barlow Twins, or L_beta with beta -1', choices=('barlow', 'beta'), losses=('pid',), absent='beta')
     lambda_param: float = _f(None, 'weight of Barlow Twins\' off-diagonal term', lo=0., hi=1e4, losses=('barlow', 'pid_barlow'))
     whitening_size: int = _f(None, 'sub-batch in which W-MSE whitens; at least twice projector_dim', lo=4, losses=('wmse', 'pid_wmse'))
     whitening_iters: int = _f(1, 'random sub-batch partitions averaged by W-MSE (Ermolov et al. 2021)', lo=1, hi=64, losses=('wmse', 'pid_wmse'))
@@ -167,7 +167,7 @@ def from_dict(given: dict, # field names and values
 
 # %% ../nbs/00_config.ipynb #7ba4c8a7
 _COMMON = dict(projector_layers=2, optimizer='adamw', weight_decay=1e-4, ema_momentum=0.99,
-               beta=-0.5, estimator='gaussian', shrinkage=0.01, covariance_momentum=0.9, w_t=0.3, w_r=0.1, kappa=0.5,
+               beta=-0.5, estimator='gaussian', shrinkage=0.01, covariance_momentum=0.9, w_t=0.3, w_r=0., kappa=0.5,
                redundancy_phase=0., anneal=0., phase_one='beta')
 PRESETS = {
     'digits': dict(_COMMON, encoder='small', width=16, image_size=8, train_size=0, epochs=40, batch_size=128,
@@ -178,7 +178,8 @@ PRESETS = {
                 lr=2e-3, projector_hidden=2048, projector_dim=512, whitening_size=128, lambda_param=0.02, decorrelation=0.02),
 }
 # Whitening needs sub-batches of at least twice the dimension (Ermolov et al. 2021 use d = 64 on CIFAR)
-LOSS_PRESETS = {(preset, loss): dict(projector_dim=dim) for preset, dim in (('digits', 32), ('cpu', 64), ('gpu', 64)) for loss in ('wmse', 'pid_wmse')}
+LOSS_PRESETS = {(preset, loss): dict(projector_dim=dim, **more) for preset, dim in (('digits', 32), ('cpu', 64), ('gpu', 64))
+                for loss, more in (('wmse', {}), ('pid_wmse', dict(w_t=1.)))}
 POLICIES_BY_DATASET = {'digits': 'digits'}  # everything else: cifar
 
 def resolve(config: Config,            # validated, fields may be None

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'WIDTH', 'ATOMS', 'plotting', 'colour', 'frame', 'defaults_only', 'spread', 'plot_run', 'run_table',
-           'plot_atoms', 'plot_accuracy', 'results_table', 'paired_table', 'caption', 'markdown_table', 'Gallery',
-           'fill_markers']
+           'plot_atoms', 'plot_accuracy', 'results_table', 'caption', 'markdown_table', 'Gallery', 'fill_markers']
 
 # %% ../nbs/08_figures.ipynb #9c9fa37f
 import hashlib, inspect, io, json, os, re
@@ -149,9 +148,9 @@ def results_table(records: list, # of one dataset and preset
     split = data.eval_on.iloc[0]
     keys = {'linear_logreg': 'linear', 'knn5_euclidean': '5-NN', 'knn_cosine': 'kNN cosine'}
     rows = []
-    for loss in [x for x in NAMES if x in set(data.loss)]:
-        d = data[data.loss == loss]
-        rows.append({'method': NAMES[loss], 'seeds': str(len(d)), **{name: spread(d[f'{split}_{k}']) for k, name in keys.items()},
+    for loss, epochs in sorted(set(zip(data.loss, data.epochs)), key=lambda k: (list(NAMES).index(k[0]), k[1])):
+        d = data[(data.loss == loss) & (data.epochs == epochs)]
+        rows.append({'method': NAMES[loss], 'epochs': str(epochs), 'seeds': str(len(d)), **{name: spread(d[f'{split}_{k}']) for k, name in keys.items()},
                      'R': f"{d[f'{split}_pid_coordinate_redundancy'].mean():.3f}", 'S': f"{d[f'{split}_pid_coordinate_synergy'].mean():.3f}",
                      'image passes': f"{d.image_passes.mean()/1e6:.2f} M", 'seconds': f"{d.train_seconds.mean():.0f}", 'device': ', '.join(sorted(set(d.device_name)))})
     # the control depends on the seed alone: one value a seed, not one a run
@@ -160,32 +159,13 @@ def results_table(records: list, # of one dataset and preset
     rows.append({'method': 'raw pixels', 'seeds': '', **{name: f"{data[f'raw_{split}_{k}'].iloc[0]:.1f}" for k, name in keys.items()}})
     return pd.DataFrame(rows).fillna('')
 
-def paired_table(records: list, # of one dataset and preset, holding both losses
-                 ours: str = 'pid_barlow',    # a loss
-                 baseline: str = 'barlow',    # the loss it is compared with
-                ):              # pandas DataFrame of text
-    "Difference ours - baseline over the seeds both have, in points, with the 95 % interval of Student's t."
-    _, _, pd = plotting()
-    from scipy import stats
-    data = frame(records)
-    split = data.eval_on.iloc[0]
-    a, b = (data[data.loss == x].set_index('seed') for x in (ours, baseline))
-    seeds = a.index.intersection(b.index)
-    rows = []
-    for key, name in {'linear_logreg': 'linear', 'knn5_euclidean': '5-NN', 'knn_cosine': 'kNN cosine'}.items():
-        d = a.loc[seeds, f'{split}_{key}'] - b.loc[seeds, f'{split}_{key}']
-        half = stats.t.ppf(0.975, len(d) - 1)*d.std(ddof=1)/np.sqrt(len(d)) if len(d) > 1 else np.nan
-        rows.append({'comparison': f'{NAMES[ours]} - {NAMES[baseline]}', 'metric': name, 'paired seeds': str(len(d)), 'difference': f'{d.mean():+.2f}', '95 % interval': f'{d.mean() - half:+.2f} to {d.mean() + half:+.2f}',
-                     'image passes': f"{a.loc[seeds].image_passes.mean()/1e6:.2f} M and {b.loc[seeds].image_passes.mean()/1e6:.2f} M"})
-    return pd.DataFrame(rows)
-
 def caption(records: list, # of one figure
            ) -> str:       # one sentence
     "Dataset variant, seeds, split and device, taken from the records."
     data = frame(records)
     seeds = sorted(data.groupby('loss').seed.nunique().unique().tolist())
     span = str(seeds[0]) if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'
-    return f"{', '.join(sorted(set(data.dataset_note)))}, {data.train_size.iloc[0] or 'all'} training images at {data.image_size.iloc[0]} px, {data.epochs.iloc[0]} epochs, {span} seed{'s' if seeds[-1] > 1 else ''} a loss, {data.eval_on.iloc[0]} split, {', '.join(sorted(set(data.device_name)))}."
+    return f"{', '.join(sorted(set(data.dataset_note)))}, {data.train_size.iloc[0] or 'all'} training images at {data.image_size.iloc[0]} px, {' or '.join(map(str, sorted(set(data.epochs))))} epochs, {span} seed{'s' if seeds[-1] > 1 else ''} a loss, {data.eval_on.iloc[0]} split, {', '.join(sorted(set(data.device_name)))}."
 
 # %% ../nbs/08_figures.ipynb #c11d54b0
 def markdown_table(table: object, # pandas DataFrame of text

@@ -9,6 +9,7 @@ __all__ = ['PANELS', 'PAIRS', 'matching', 'setting', 'plot_beta', 'beta_table', 
 import numpy as np
 from .config import Config, from_dict, identity, resolve
 from .figures import NAMES, WIDTH, colour, frame, plotting, spread
+from .runs import RunRecord
 
 # %% ../nbs/08_figures_curves.ipynb #50cfa0b2
 def _plain(c, **settings):
@@ -27,7 +28,9 @@ def setting(record: RunRecord, # any
     c, skip = from_dict(record.config), ('seed', 'epochs', 'eval_on', *less)
     mine, plain = identity(c), _plain(record.config)
     names = [k for k in (*mine, *(k for k in plain if k not in mine)) if mine.get(k) != plain.get(k) and k not in skip]
-    return ', '.join(f'{k} = {getattr(c, k):g}' if isinstance(getattr(c, k), float) else f'{k} = {getattr(c, k)}' for k in names) or 'default'
+    # a record older than the field did what the field calls `absent`
+    value = lambda k: c.__dataclass_fields__[k].metadata['absent'] if getattr(c, k) is None else getattr(c, k)
+    return ', '.join(f'{k} = {value(k):g}' if isinstance(value(k), float) else f'{k} = {value(k)}' for k in names) or 'default'
 
 # %% ../nbs/08_figures_curves.ipynb #10d2c1c8
 PANELS = {'linear_logreg': 'linear', 'knn5_euclidean': '5-NN', 'knn_cosine': 'kNN cosine'}
@@ -51,7 +54,7 @@ def plot_beta(records: list, # of loss pid that differ in beta and seed, and opt
         top.annotate(name, (betas[-1], means[betas[-1]]), (betas[-1] + 0.05, means[betas[-1]]), color=c, fontsize=7, va='center', annotation_clip=False)
         if len(others): top.axhline(others[f'{split}_{key}'].mean(), ls=':', lw=0.9, color=c)
     top.set(xlabel='beta', ylabel='accuracy (%)')
-    if len(others): top.annotate('dotted: Barlow Twins', (0.02, 0.03), xycoords='axes fraction', fontsize=6.5, color='0.35')
+    if len(others): top.annotate('dotted: Barlow Twins', (0.0, 1.03), xycoords='axes fraction', fontsize=6.5, color='0.35')
     at = {b: [r for r in pid if r.config['beta'] == b] for b in betas}
     lines = {'a': [_last(at[b], 'a1').mean() for b in betas], 'c': [_last(at[b], 'c').mean() for b in betas],
              'floor a²/c_T': [(_last(at[b], 'a1')**2/_last(at[b], 'c_t')).mean() for b in betas]}

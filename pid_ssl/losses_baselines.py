@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .config import ConfigError
-from .losses_base import SSLLoss, check_weight, cross_correlation, off_diagonal, standardise
+from .losses_base import SSLLoss, check_integer, check_weight, cross_correlation, off_diagonal, standardise
 
 # %% ../nbs/04_losses_baselines.ipynb #a73b729a
 class BarlowTwins(SSLLoss):
@@ -53,9 +53,7 @@ class WMSE(SSLLoss):
                  eps: float = 0.,            # added to the covariance's diagonal
                 ):
         super().__init__()
-        for name, value, low in (('whitening_size', whitening_size, 4), ('whitening_iters', whitening_iters, 1)):
-            if isinstance(value, bool) or int(value) != value or value < low: raise ConfigError(name, value, f'an integer from {low}')
-        self.whitening_size, self.whitening_iters, self.eps = int(whitening_size), int(whitening_iters), check_weight('eps', eps)
+        self.whitening_size, self.whitening_iters, self.eps = check_integer('whitening_size', whitening_size, 4), check_integer('whitening_iters', whitening_iters), check_weight('eps', eps)
 
     def parts(self,
               *zs: torch.Tensor, # (n, d) each: views and targets
@@ -74,7 +72,7 @@ class WMSE(SSLLoss):
 
 # %% ../nbs/04_losses_baselines.ipynb #5114dc72
 class VICReg(SSLLoss):
-    "VICReg (Bardes et al. 2022, arXiv 2105.04906), equations 1 to 6."
+    "VICReg (Bardes et al. 2022, arXiv 2105.04906), equations 1 to 6 with the means of the authors' code, which its weights belong to."
     def __init__(self,
                  sim_coeff: float = 25., # invariance
                  std_coeff: float = 25., # variance
@@ -119,6 +117,7 @@ class BYOL(SSLLoss):
                  hidden: int = 4096, # width of the predictor's hidden layer; the paper's value
                 ):
         super().__init__()
+        dim, hidden = check_integer('dim', dim), check_integer('hidden', hidden)
         self.predictor = nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim))
 
     def compute(self, z1, z2, t1, t2):

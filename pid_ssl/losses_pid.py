@@ -11,7 +11,7 @@ import torch
 from .config import ConfigError
 from .pid import gaussian_information, scalar_information
 from .pid_critics import InfoNCECritics, infonce
-from .losses_base import RunningMean, SSLLoss, check_weight, cross_correlation, off_diagonal, standardise
+from .losses_base import RunningMean, SSLLoss, check_integer, check_weight, cross_correlation, off_diagonal, standardise
 from .losses_baselines import WMSE, distance
 
 # %% ../nbs/04_losses_pid.ipynb #8693c31b
@@ -69,8 +69,8 @@ def explained(a1: torch.Tensor,   # (d,) corr(z1, t)
               a2: torch.Tensor,   # (d,) corr(z2, t)
               c_t: torch.Tensor,  # (d,) correlation of two draws of t
              ) -> torch.Tensor:   # (d,) no gradient
-    "a1 a2 / c_T, the agreement of the views that the target explains: at most 1, since c_T is taken as at least a1 a2."
-    a = (a1*a2).detach()
+    "a1 a2 / c_T, the agreement of the views that the target explains: 0 to 1, since c_T is taken as at least a1 a2, and a1 a2 as at least 0."
+    a = (a1*a2).detach().clamp(min=0)
     return a/torch.maximum(c_t.detach(), a).clamp(min=1e-6)
 
 # %% ../nbs/04_losses_pid.ipynb #b2e15c5a
@@ -98,13 +98,13 @@ class PIDLoss(TargetLoss):
         if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not abs(beta) <= 10: raise ConfigError('beta', beta, 'a number from -10 to 10')
         for name, value, choices in (('estimator', estimator, ('coordinate', 'gaussian', 'infonce')), ('reduction', reduction, ('sum', 'mean')), ('phase_one', phase_one, ('barlow', 'beta'))):
             if value not in choices: raise ConfigError(name, value, ', '.join(choices))
-        if not 0 < shrinkage < 1: raise ConfigError('shrinkage', shrinkage, 'a number between 0 and 1, both excluded')
+        if isinstance(shrinkage, bool) or not isinstance(shrinkage, (int, float)) or not 0 < shrinkage < 1: raise ConfigError('shrinkage', shrinkage, 'a number between 0 and 1, both excluded')
         if pairing == 'cross' and estimator != 'coordinate': raise ConfigError('pairing', pairing, f'draw, mean with estimator {estimator}: the joint information needs one target for both views')
         if estimator == 'infonce' and dim is None: raise ConfigError('dim', dim, 'the width of the embedding, with estimator infonce')
         self.beta, self.estimator, self.shrinkage, self.decorrelation = float(beta), estimator, float(shrinkage), check_weight('decorrelation', decorrelation)
         self.reduction, self.phase_one = reduction, phase_one
         self.pair, self.single = RunningMean(covariance_momentum), RunningMean(covariance_momentum)
-        if estimator == 'infonce': self.critics = InfoNCECritics(dim, dim, dim, width=width, d_score=min(dim, 64))
+        if estimator == 'infonce': dim, width = check_integer('dim', dim), check_integer('width', width); self.critics = InfoNCECritics(dim, dim, dim, width=width, d_score=min(dim, 64))
 
     @property
     def wants_target(self) -> bool: # at the present strength
@@ -130,18 +130,19 @@ class PIDLoss(TargetLoss):
             r = self.pair(x.T @ x/n)
             return tuple(i.to(r.dtype) for i in gaussian_information(keep*r + self.shrinkage*torch.eye(3*d, dtype=r.dtype, device=r.device), (d, d, d)))
         views = torch.cat([x1, x2], 1)
-        nets, codes = self.critics.source, [g(t.to(x1.dtype)) for g in self.critics.target]
+        weight = next(self.critics.parameters())
+        nets, codes = self.critics.source, [g(t.to(weight.dtype)) for g in self.critics.target]
         out = []
         # loss -> critics: -(i1 + i2 + i12); loss -> embeddings: beta (i1 + i2) - (1 + beta) i12
         for net, code, z, k in zip(nets, codes, (x1, x2, views), (-beta, -beta, 1 + beta)):
-            bound = infonce_bound(net(scale_gradient(z, k)), code)
+            bound = infonce_bound(net(scale_gradient(z, k).to(weight.dtype)), code).to(x1.dtype)
             out.append(bound)
         return tuple(out)
 
     def compute(self, z1, z2, t1, t2):
         x1, x2 = standardise(z1), standardise(z2)
         gram = cross_correlation(x1, x2)
-        if self.estimator != 'gaussian': gram = self.pair(gram)
+        if self.estimator != 'gaussian' and self.wants_target: gram = self.pair(gram)
         c, off = gram.diagonal(), off_diagonal(gram).square().sum()
         if not self.wants_target:
             on = (1 - c).square().sum()
@@ -210,8 +211,8 @@ class PIDWMSE(TargetLoss, WMSE):
                  whitening_size: int = 128,  # samples whitened together, at least twice the dimension
                  whitening_iters: int = 1,   # random partitions averaged
                  eps: float = 0.,            # added to the covariance's diagonal
-                 w_t: float = 0.3,           # weight of the target terms
-                 w_r: float = 0.3,           # weight of the excess penalty
+                 w_t: float = 1.,            # weight of the target terms
+                 w_r: float = 0.,            # weight of the excess penalty: none won on validation
                  pairing: str = 'draw',      # see `TargetLoss`
                 ):
         TargetLoss.__init__(self, pairing)

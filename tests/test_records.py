@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from pid_ssl import figures
-from pid_ssl.config import from_dict
+from pid_ssl.config import LOSS_NAMES, from_dict
 from pid_ssl.runs import load_record, load_records, run_id
 
 # committed ones only: a reader's own runs in the same folder are nobody's claim
@@ -44,8 +44,9 @@ def test_figures_are_up_to_date(committed, tmp_path):
     code = ["".join(c["source"]) for c in source["cells"] if c["cell_type"] == "code"]
     space = {"runs": str(committed), "display": lambda *a: None}
     names = "\n".join(c for c in code if "Gallery" in c or "gallery.add" in c)
-    exec(names.replace("Gallery(figures)", "Gallery(folder)"), space | {"folder": tmp_path, "figures": str(tmp_path)}, local := {})
-    local["gallery"].close()
+    space |= {"folder": tmp_path, "figures": str(tmp_path)}
+    exec(names.replace("Gallery(figures)", "Gallery(folder)"), space)
+    space["gallery"].close()
     again = json.loads((tmp_path / "manifest.json").read_text())
     assert again and {k: v["input_hash"] for k, v in again.items()} == {k: v["input_hash"] for k, v in manifest.items() if v["notebook"] == "make_figures"}
     for name, entry in again.items():
@@ -57,8 +58,8 @@ def test_figures_are_up_to_date(committed, tmp_path):
 def test_committed_files_are_those_of_the_manifest():
     manifest = json.loads((ROOT / "figures/manifest.json").read_text())
     tracked = subprocess.run(["git", "ls-files", "figures"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    # pid_speed is written, and checked against its record, by nbs/13_benchmarks.ipynb
-    listed = {f for v in manifest.values() for f in v["output_hashes"]} | {"manifest.json", "pid_speed.csv", "pid_speed.md"}
+    # these tables are written, and checked against their records, by nbs/13_benchmarks.ipynb
+    listed = {f for v in manifest.values() for f in v["output_hashes"]} | {"manifest.json", "pid_speed.csv", "pid_speed.md", "loss_speed.csv", "loss_speed.md"}
     assert {t.removeprefix("figures/") for t in tracked} <= listed
     for entry in manifest.values():
         for file, want in entry["output_hashes"].items():
@@ -89,6 +90,6 @@ def test_every_loss_beats_the_untrained_network_on_cifar10(committed):
 
 def test_every_loss_reads_digits_as_well_as_raw_pixels(committed):
     records = figures.defaults_only(load_records(committed, preset="digits", dataset="digits", eval_on="test"))
-    for loss in ("barlow", "wmse", "vicreg", "simclr", "pid", "pid_barlow"):
+    for loss in LOSS_NAMES:
         assert len({r.config["seed"] for r in records if r.config["loss"] == loss}) >= 3
         assert mean(records, loss, KEYS[0]) >= mean(records, loss, f"raw_{KEYS[0]}") - 1.5, loss
