@@ -230,11 +230,11 @@ def undisturbed(folder, **args):
     return whole, json.loads((Path(folder) / "points.json").read_text())
 
 
-def killed(run, whole, at, times=1):
-    """Kill a run `times` times in a row at a point, then start it until it is finished; what is wrong then."""
-    hits = sum(run.start("kill_at", at)[0] == -signal.SIGKILL for _ in range(times))
+def killed(run, whole, at, again=None):
+    """Kill a run at a point, and its second start at the point `again` if it gets there, then start it until it is finished: kills, and what is wrong then."""
+    kills = sum(run.start("kill_at", i)[0] == -signal.SIGKILL for i in (at, again) if i)
     status, text = run.start()
-    return hits, [f"exit status {status}: {text}"] if status else run.faults(whole)
+    return kills, [f"exit status {status}: {text}"] if status else run.faults(whole)
 
 
 def killed_after(run, whole, seconds):
@@ -250,25 +250,28 @@ def killed_after(run, whole, seconds):
 # the parts of the table
 
 
-def trials(folder, whole, names, times=1, home=None, **args):
-    """Kill at every point in `names` (number -> name) and start again until finished: how often it was hit, and what was wrong."""
-    out = dict(enumerated=len(names), kills_in_a_row=times, hits=0, wrong={})
+def trials(folder, whole, names, home=None, **args):
+    """Kill at every point in `names` (number -> name) twice, the second time with another kill somewhere in the next start, and start again until finished."""
+    draw = random.Random(0)
+    out = dict(enumerated=len(names), trials=0, kills=0, wrong={})
     for i, name in names.items():
-        run = Run(folder / f"at-{i}", **args)
-        if home:
-            shutil.copytree(home, run.home)
-        hits, wrong = killed(run, whole, i, times)
-        out["hits"] += hits
-        if wrong or not hits:
-            out["wrong"][f"{i} {name.split('.tmp')[0]}"] = wrong
-        shutil.rmtree(run.home)
+        for again in (None, draw.randint(1, 50)):
+            run = Run(folder / f"at-{i}-{again}", **args)
+            if home:
+                shutil.copytree(home, run.home)
+            kills, wrong = killed(run, whole, i, again)
+            out["trials"] += 1
+            out["kills"] += kills
+            if wrong or not kills:
+                out["wrong"][f"{i} {name.split('.tmp')[0]}, {again}"] = wrong
+            shutil.rmtree(run.home)
     return out
 
 
 def killed_at_points(folder):
-    """Every open, half-done write, sync, rename and removal, two kills in a row each."""
+    """At every open, half-done write, sync, rename and removal, twice each."""
     whole, points = undisturbed(folder)
-    return trials(folder, whole, dict(enumerate(points, 1)), times=2)
+    return trials(folder, whole, dict(enumerate(points, 1)))
 
 
 def killed_while_replacing(folder):
@@ -289,14 +292,14 @@ def killed_at_random(folder):
     Run(folder / "timed").start()
     seconds = time.perf_counter() - seconds
     random.seed(0)
-    out = dict(hits=0, tries=0, wrong={})
-    while out["hits"] < 40:
-        out["tries"] += 1
-        run = Run(folder / str(out["tries"]))
+    out = dict(trials=0, kills=0, wrong={})
+    while out["kills"] < 40:
+        out["trials"] += 1
+        run = Run(folder / str(out["trials"]))
         hit, wrong = killed_after(run, whole, random.uniform(0, seconds))
-        out["hits"] += hit
+        out["kills"] += hit
         if wrong:
-            out["wrong"][out["tries"]] = wrong
+            out["wrong"][out["trials"]] = wrong
         shutil.rmtree(run.home)
     return out
 
