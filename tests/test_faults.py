@@ -45,7 +45,7 @@ def test_killed_at_writes_and_renames(reference, tmp_path):
     whole, points = reference
     at = [i for i, p in enumerate(points, 1) if p.startswith("replace") or i % 16 == 5]
     wrong = {points[i - 1]: w for i in at for hits, w in [killed(Run(tmp_path / str(i)), whole, i)] if w or not hits}
-    assert not wrong and len(at) > 15
+    assert not wrong and len(at) > 10
 
 
 def test_killed_between_the_renames_of_a_replaced_checkpoint(reference, tmp_path):
