@@ -45,10 +45,11 @@ class Dataset:
 # %% ../nbs/02_data.ipynb #45dd834a
 def split_indices(labels: np.ndarray,    # (n,) class of each image
                   share: float | int,    # of the images (a share below 1, or a count) that go to the second part
+                 what: str = 'labels',  # of what, for the message
                  ) -> tuple:             # two sorted index arrays
     "Stratified split with the fixed seed; raises `DataError` when a class has too few images."
     try: first, second = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=SPLIT_SEED)
-    except ValueError as e: raise DataError(f"cannot split {len(labels)} images of {len(np.unique(labels))} classes: {e}") from None
+    except ValueError as e: raise DataError(f"{what}: cannot split {len(labels)} images of {len(np.unique(labels))} classes: {e}") from None
     return np.sort(first), np.sort(second)
 
 # %% ../nbs/02_data.ipynb #df4fe160
@@ -68,7 +69,8 @@ def _read_table(path):
     except (KeyError, ValueError, TypeError, AttributeError, pyarrow.ArrowException) as e:
         raise DataError(f"{path}: column img has no bytes or label is missing ({e}); accepted: img struct<bytes, path>, label integer") from None
     if not len(labels): raise DataError(f"{path}: no rows; accepted: at least one image")
-    if labels.dtype.kind not in 'iu' or labels.min() < 0: raise DataError(f"{path}: label has type {labels.dtype}; accepted: integers from 0")
+    if labels.dtype.kind not in 'iu': raise DataError(f"{path}: label has type {labels.dtype}; accepted: integers from 0, none missing")
+    if labels.min() < 0 or labels.max() >= 2**31: raise DataError(f"{path}: label ranges from {labels.min()} to {labels.max()}; accepted: integers from 0")
     return blobs, labels.astype(np.int64)
 
 def _decode(path, blobs, rows, size):
@@ -112,17 +114,17 @@ def load_dataset(name: str,                    # 'digits', 'cifar10' or the name
         elif name == 'cifar10' and data_dir is None: note, read, labels, digest = _torchvision(image_size, download)
         else: raise DataError(f"dataset: got {name!r}, with no folder of that name; accepted: digits, cifar10, or a folder {name}/ holding train.parquet and test.parquet under " + ' or '.join(map(str, data_folders(data_dir))) + ' (set data_dir or $PID_SSL_DATA)')
     if labels['test'] is None:  # no official test set: a fifth of the images
-        rest, test = split_indices(labels['train'], 0.2)
+        rest, test = split_indices(labels['train'], 0.2, f'dataset {name!r}')
         rows = {'train': rest, 'test': test}
         source = {'train': 'train', 'test': 'train'}
     else:
         rows = {s: np.arange(len(labels[s])) for s in ('train', 'test')}
         source = {'train': 'train', 'test': 'test'}
     train_labels = labels['train'][rows['train']]
-    train, val = split_indices(train_labels, VAL_SHARE)
+    train, val = split_indices(train_labels, VAL_SHARE, f'dataset {name!r}')
     if train_size:
         if train_size > len(train): raise ConfigError('train_size', train_size, f'from 1 to {len(train)}, what {name} leaves after validation; 0 for all')
-        if train_size < len(train): train = train[split_indices(train_labels[train], train_size)[1]]
+        if train_size < len(train): train = train[split_indices(train_labels[train], train_size, f'train_size {train_size}')[1]]
     rows['train'], rows['val'], source['val'] = rows['train'][train], rows['train'][val], 'train'
     out = {s: torch.from_numpy(labels[source[s]][rows[s]]) for s in ('train', 'val', 'test')}
     return Dataset(name, note, {s: read(source[s], rows[s]) for s in out}, out, int(max(v.max() for v in out.values())) + 1, digest)
@@ -143,6 +145,10 @@ def _parquet(name, folder, size):
     for path in files.values():
         if not path.is_file(): raise DataError(f"{path}: no such file; accepted: a folder {name}/ holding train.parquet and test.parquet")
     tables = {s: _read_table(p) for s, p in files.items()}
+    # a stray label would make as many classes as its value
+    train, test = (np.unique(tables[s][1]) for s in ('train', 'test'))
+    if train[-1] >= len(tables['train'][1]): raise DataError(f"{files['train']}: label {train[-1]} among {len(tables['train'][1])} images; accepted: class numbers from 0, fewer than images")
+    if (stray := np.setdiff1d(test, train)).size: raise DataError(f"{files['test']}: label {stray[0]} does not occur in {files['train'].name}; accepted: the {len(train)} classes of the training images")
     hashes = {s: _file_hash(p) for s, p in files.items()}
     note = NOTES[_KNOWN_COPIES.get(hashes['train'], name if name in NOTES else '')] if name in NOTES or hashes['train'] in _KNOWN_COPIES else name
     digest = hashlib.sha256((hashes['train'] + hashes['test']).encode()).hexdigest()

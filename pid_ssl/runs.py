@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'home_folder', 'runs_folder', 'checkpoint_folder', 'run_id', 'RecordError', 'RunRecord', 'load_record',
-           'find_record', 'load_records', 'git_state', 'device_name', 'provenance', 'peak_memory']
+           'find_record', 'load_records', 'RunLocked', 'lock_run', 'git_state', 'device_name', 'provenance',
+           'peak_memory']
 
-# %% ../nbs/06_runs.ipynb #a564f8e1
-import atexit, dataclasses, functools, importlib.metadata, json, os, platform, re, shutil, subprocess, sys, tempfile, time
+# %% ../nbs/06_runs.ipynb #bb24b34a
+import atexit, contextlib, dataclasses, functools, importlib.metadata, json, math, os, platform, re, shutil, subprocess, sys, tempfile, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
+try: import fcntl
+except ImportError: fcntl = None  # Windows
 from .config import Config, ConfigError, digest, from_dict, identity, project_root, source_hash
+from .models import repair_checkpoints, writing
 
 # %% ../nbs/06_runs.ipynb #f0a0177b
 @functools.cache
@@ -65,16 +69,17 @@ class RunRecord:
     def save(self,
              folder: str | Path, # of records
             ) -> Path:           # the file
-        "Write the record to a temporary name and rename it; raises `ValueError` on NaN or infinity."
+        "Write the record to a temporary name and rename it; raises `ValueError` on NaN or infinity, `StorageError` when the disk refuses."
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + '\n'
         path = folder/f'{self.run_id}.json'
         tmp = path.with_suffix(f'.tmp-{os.getpid()}')
-        try:
-            with open(tmp, 'w') as f: f.write(text); f.flush(); os.fsync(f.fileno())
-            os.replace(tmp, path)
-        finally: tmp.unlink(missing_ok=True)
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(tmp, 'w') as f: f.write(text); f.flush(); os.fsync(f.fileno())
+                os.replace(tmp, path)
+            finally: tmp.unlink(missing_ok=True)
         return path
 
 # %% ../nbs/06_runs.ipynb #5981c041
@@ -82,19 +87,23 @@ def load_record(path: str | Path, # a JSON file
                ) -> RunRecord:    # checked
     "Read a run record; raises `RecordError` naming the file and what is wrong with it."
     path = Path(path)
-    try: raw = json.loads(path.read_text())
-    except (OSError, ValueError) as e: raise RecordError(f"{path}: not readable as JSON ({e}); accepted: a run record") from None
+    try: raw = json.loads(path.read_text(), parse_constant=_no_constant)
+    except (OSError, ValueError, RecursionError) as e: raise RecordError(f"{path}: not readable as JSON ({e}); accepted: a run record") from None
     keys = {f.name: f.type for f in dataclasses.fields(RunRecord)}
     if not isinstance(raw, dict) or set(raw) != set(keys): raise RecordError(f"{path}: keys {sorted(raw) if isinstance(raw, dict) else type(raw).__name__}; accepted: exactly {', '.join(keys)}")
     for k, t in keys.items():
         if not isinstance(raw[k], t): raise RecordError(f"{path}: {k} is {type(raw[k]).__name__}; accepted: {t.__name__}")
     if raw['run_id'] != path.stem: raise RecordError(f"{path}: run_id {raw['run_id']!r}; accepted: the file's name, {path.stem!r}")
     if raw['status'] not in STATUSES: raise RecordError(f"{path}: status {raw['status']!r}; accepted: {', '.join(STATUSES)}")
-    bad = [k for k, v in raw['metrics'].items() if isinstance(v, bool) or not isinstance(v, (int, float))]
-    if bad: raise RecordError(f"{path}: metrics[{bad[0]!r}] is {raw['metrics'][bad[0]]!r}; accepted: a number")
+    bad = [k for k, v in raw['metrics'].items() if type(v) not in (int, float) or not abs(v) < math.inf]
+    if bad: raise RecordError(f"{path}: metrics[{bad[0]!r}] is {raw['metrics'][bad[0]]!r}; accepted: a finite number")
+    bad = [i for i, row in enumerate(raw['history']) if not isinstance(row, dict)]
+    if bad: raise RecordError(f"{path}: history[{bad[0]}] is {type(raw['history'][bad[0]]).__name__}; accepted: a mapping of names to numbers")
     try: from_dict(raw['config'])
     except ConfigError as e: raise RecordError(f"{path}: config: {e}") from None
     return RunRecord(**raw)
+
+def _no_constant(name): raise ValueError(f'{name} is not JSON')
 
 def find_record(config: Config, # whose `home` counts
                 run_id: str,    # 16 hexadecimal digits
@@ -110,6 +119,42 @@ def load_records(folder: str | Path | None = None, # default the project's data/
     out = [load_record(p) for p in sorted(Path(folder or project_root()/'data'/'runs').glob('*.json'))]
     fits = lambda c: all(c.get(k) in v if isinstance(v, tuple) else c.get(k) == v for k, v in where.items())
     return [r for r in out if r.status == 'finished' and fits(r.config)]
+
+# %% ../nbs/06_runs.ipynb #dc8522e8
+class RunLocked(RuntimeError):
+    "Another process is making this run; the message names the process and the lock."
+
+@contextlib.contextmanager
+def lock_run(config: Config, # whose `home` counts
+             run_id: str,    # 16 hexadecimal digits
+            ):               # a context; gives whether there is a lock
+    "Hold a run and tidy up its folders; raises `RunLocked`, or `StorageError` when one of them cannot be written."
+    path, runs = checkpoint_folder(config, run_id)/'lock', runs_folder(config)
+    with writing(path):
+        for folder in (path.parent, runs): folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, 'a+')
+    with file:
+        locked = _lock(file, run_id)
+        if locked:
+            with writing(path): file.truncate(0); file.write(f'process {os.getpid()} on {platform.node()}'); file.flush()
+            repair_checkpoints(path.parent)
+            for orphan in runs.glob(f'{run_id}.tmp-*'): orphan.unlink(missing_ok=True)
+        trial = runs/f'{run_id}.tmp-{os.getpid()}'
+        with writing(runs):
+            try: trial.write_text(' '*4096)
+            finally: trial.unlink(missing_ok=True)
+        yield locked
+
+def _lock(file, run_id):
+    if fcntl is None: return False
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise RunLocked(f"run {run_id} is being made by {file.read(200) or 'another process'}, which holds {file.name}; wait for it or stop it") from None
+    except OSError as e:
+        warnings.warn(f'{file.name}: no locks on this file system ({e.strerror}); do not start run {run_id} twice')
+        return False
+    return True
 
 # %% ../nbs/06_runs.ipynb #e4ad429f
 def git_state(folder: str | Path | None = None, # default the project's root
