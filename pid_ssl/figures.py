@@ -163,9 +163,11 @@ def caption(records: list, # of one figure
            ) -> str:       # one sentence
     "Dataset variant, seeds, split and device, taken from the records."
     data = frame(records)
-    seeds = sorted(data.groupby('loss').seed.nunique().unique().tolist())
+    settings = {}
+    for r in records: settings.setdefault(digest({k: v for k, v in identity(from_dict(r.config)).items() if k != 'seed'}), set()).add(r.config['seed'])
+    seeds = sorted({len(s) for s in settings.values()})
     span = str(seeds[0]) if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'
-    return f"{', '.join(sorted(set(data.dataset_note)))}, {data.train_size.iloc[0] or 'all'} training images at {data.image_size.iloc[0]} px, {' or '.join(map(str, sorted(set(data.epochs))))} epochs, {span} seed{'s' if seeds[-1] > 1 else ''} a loss, {data.eval_on.iloc[0]} split, {', '.join(sorted(set(data.device_name)))}."
+    return f"{', '.join(sorted(set(data.dataset_note)))}, {data.train_size.iloc[0] or 'all'} training images at {data.image_size.iloc[0]} px, {' or '.join(map(str, sorted(set(data.epochs))))} epochs, {span} seed{'s' if seeds[-1] > 1 else ''} a setting, {data.eval_on.iloc[0]} split, {', '.join(sorted(set(data.device_name)))}."
 
 # %% ../nbs/08_figures.ipynb #c11d54b0
 def markdown_table(table: object, # pandas DataFrame of text
