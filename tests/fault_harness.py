@@ -169,6 +169,8 @@ def child(home, args, log, fault, parameters):
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), stream)
     os.environ.pop("IN_TEST", None)
+    # a shell that starts the tests in the background has SIGINT ignored, and a run respects that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from pid_ssl.trainers import main
 
     if fault:
