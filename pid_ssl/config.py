@@ -143,7 +143,9 @@ def _check(f, value):
     if value is None:
         if f.default is None: return None
         raise bad
-    if kind is float and isinstance(value, int) and not isinstance(value, bool): value = float(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        try: value = float(value)
+        except OverflowError: raise bad from None
     if type(value) is not kind: raise bad
     if kind is float and not math.isfinite(value): raise bad
     if m['choices'] and value not in m['choices']: raise bad

@@ -64,7 +64,12 @@ class WMSE(SSLLoss):
         if size < 2*d: raise ConfigError('whitening_size', size, f'at least twice the dimension, so from {2*d} (and a batch as large)')
         for _ in range(self.whitening_iters):
             order = torch.randperm(n, device=zs[0].device)[:n//size*size]
-            for rows in order.split(size): yield [whiten(z[rows], self.eps) for z in zs]
+            for part, rows in enumerate(order.split(size), 1):
+                out = []
+                for name, z in zip(('view 1', 'view 2', 'target', 'second target', 'third target'), zs):
+                    try: out.append(whiten(z[rows], self.eps))
+                    except ValueError as e: raise ValueError(f'{name}, sub-batch {part} of {n//size}: {e}') from None
+                yield out
 
     def compute(self, z1, z2):
         mse = torch.stack([distance(w1, w2) for w1, w2 in self.parts(z1, z2)]).mean()
