@@ -63,7 +63,6 @@ def plot_beta(records: list, # of loss pid that differ in beta and seed, and opt
         bottom.plot(betas, y, style, color=colour_, lw=1.2, marker='o', ms=2.5, mew=0)
         bottom.annotate(name, (betas[-1], y[-1]), (betas[-1] + 0.05, y[-1]), color=colour_, fontsize=7, va='center', annotation_clip=False)
     bottom.set(xlabel='beta', ylabel='correlation, last epoch')
-    fig.tight_layout(w_pad=4)
     return fig
 
 def beta_table(records: list, # of loss pid that differ in beta and seed
