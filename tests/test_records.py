@@ -80,7 +80,7 @@ KEYS = ("test_linear_logreg", "test_knn_euclidean", "test_knn_cosine")
 
 
 def test_every_loss_beats_the_untrained_network_on_cifar10(committed):
-    records = figures.defaults_only(load_records(committed, preset="cpu", dataset="cifar10", eval_on="test"))
+    records = figures.matching(load_records(committed, preset="cpu", dataset="cifar10", eval_on="test"))
     losses = {r.config["loss"] for r in records}
     assert losses >= {"barlow", "wmse", "vicreg", "simclr", "pid", "pid_barlow"}
     for loss in losses:
@@ -89,7 +89,7 @@ def test_every_loss_beats_the_untrained_network_on_cifar10(committed):
 
 
 def test_every_loss_reads_digits_as_well_as_raw_pixels(committed):
-    records = figures.defaults_only(load_records(committed, preset="digits", dataset="digits", eval_on="test"))
+    records = figures.matching(load_records(committed, preset="digits", dataset="digits", eval_on="test"))
     for loss in LOSS_NAMES:
         assert len({r.config["seed"] for r in records if r.config["loss"] == loss}) >= 3
         assert mean(records, loss, KEYS[0]) >= mean(records, loss, f"raw_{KEYS[0]}") - 1.5, loss
