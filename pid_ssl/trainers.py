@@ -15,7 +15,7 @@ from .config import Config, ConfigError, accepted, from_dict, identity, resolve,
 from .data import DataError, ViewMaker, load_dataset
 from .evaluate import calibrate_batchnorm, evaluate_encoder, pid_audit, raw_pixels
 from .models import CheckpointError, StorageError, load_checkpoint, remove_checkpoint, save_checkpoint
-from .runs import RecordError, RunLocked, RunRecord, checkpoint_folder, find_record, lock_run, peak_memory, provenance, run_id, runs_folder
+from .runs import RecordError, RunLocked, RunRecord, checkpoint_folder, find_record, lock_run, other_data, peak_memory, provenance, run_id, runs_folder
 from .trainers_base import NonFiniteLoss, Pretraining, build_embed, default_threads, device_class, learning_rate, synergy_strength
 
 # %% ../nbs/07_trainers.ipynb #8f2eb8b0
@@ -154,6 +154,18 @@ def pretrain(config: Config, # validated
     for name in unread(config): warnings.warn(f"{name} = {getattr(config, name)!r} has no effect: loss {config.loss!r} does not read it")
     config = resolve(config, device)
     torch.set_num_threads(config.threads or default_threads())
+    with _algorithms(config.deterministic): return _pretrain(config, device)
+
+@contextlib.contextmanager
+def _algorithms(deterministic):
+    if not deterministic: yield; return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts; without it torch refuses to multiply matrices
+    torch.use_deterministic_algorithms(True); torch.backends.cudnn.benchmark = False
+    try: yield
+    finally: torch.use_deterministic_algorithms(before[0], warn_only=before[1]); torch.backends.cudnn.benchmark = before[2]
+
+def _pretrain(config, device):
     dataset = load_dataset(config.dataset, config.image_size, config.train_size, config.data_dir, config.download)
     if config.batch_size > len(dataset.images['train']):
         raise ConfigError('batch_size', config.batch_size, f"at most {len(dataset.images['train'])}, the training images of {config.dataset}")
@@ -161,6 +173,7 @@ def pretrain(config: Config, # validated
     about = provenance(config, dataset.content_hash, device)
     record = _finished(config, rid, about)
     if record is not None: return record
+    if strange := other_data(config, dataset.content_hash): warnings.warn(strange)
     with StopSignals() as stop, lock_run(config, rid):
         record = _finished(config, rid, about, locked=True)  # by the process that held the lock until now
         return _run(config, dataset, device, rid, about, stop) if record is None else record
