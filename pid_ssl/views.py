@@ -40,9 +40,20 @@ POLICIES = {
     'cifar_strong': Policy(crop=(0.08, 1.), flip=0.5, jitter=0.8, brightness=0.6, contrast=0.6, saturation=0.6, hue=0.15, gray=0.3),
 }
 
-# %% ../nbs/02_views.ipynb #118f5341
-def _uniform(n, lo, hi, g): return torch.rand(n, device=g.device, generator=g)*(hi - lo) + lo
-def _chance(n, p, g): return torch.rand(n, device=g.device, generator=g) < p
+# %% ../nbs/02_views.ipynb #36b94284
+class _Generator(torch.Generator):
+    share = (0, 1)  # rank and number of the processes that share a batch
+    def __init__(self, device): self.host = torch.Generator()  # torch's own generators take no attributes
+
+    def manual_seed(self, seed): self.host.manual_seed(seed); return super().manual_seed(seed)
+
+def _draw(make, n, *shape, g):
+    # the numbers of the whole batch, of which a process takes those of its rows
+    rank, processes = getattr(g, 'share', (0, 1))
+    return make(processes*n, *shape, device=g.device, generator=g)[rank*n:(rank + 1)*n]
+
+def _uniform(n, lo, hi, g): return _draw(torch.rand, n, g=g)*(hi - lo) + lo
+def _chance(n, p, g): return _draw(torch.rand, n, g=g) < p
 
 def affine_parameters(n: int,             # images
                       policy: Policy,     # ranges
@@ -98,14 +109,12 @@ def jitter_colour(x: torch.Tensor,    # (n, c, h, w), values in 0..1
     if x.shape[1] == 3 and policy.saturation: steps.append(lambda a: blend(a, grayscale(a), s))
     if x.shape[1] == 3 and policy.hue: steps.append(lambda a: shift_hue(a, turns))
     # the order comes from a generator on the CPU, so that no value has to travel back from the device
-    for i in torch.randperm(len(steps), generator=_host(g)).tolist(): x = steps[i](x)
+    host = _host(g)
+    for i in torch.randperm(len(steps), generator=host, device=host.device).tolist(): x = steps[i](x)
     if policy.gray and x.shape[1] == 3: x = torch.where(_chance(n, policy.gray, g).view(n, 1, 1, 1), grayscale(x), x)
     return x
 
-def _host(g):
-    if g.device.type == 'cpu': return g
-    if not hasattr(g, '_host'): g._host = torch.Generator().manual_seed(g.initial_seed())
-    return g._host
+def _host(g): return g.host if g.device.type != 'cpu' and hasattr(g, 'host') else g
 
 # %% ../nbs/02_views.ipynb #8d406c0d
 class ViewMaker:
@@ -116,11 +125,13 @@ class ViewMaker:
                  std: torch.Tensor,          # (c,) channel standard deviations in 0..1
                  seed: int = 0,              # seed of the generator
                  device: str = 'cpu',        # where views are made
+                 share: tuple = (0, 1),      # (rank, processes): the batches are this process's rows of a larger one
                 ):
         if policy not in POLICIES: raise ConfigError('policy', policy, ', '.join(POLICIES))
         self.policy = POLICIES[policy]
         self.mean, self.std = (torch.as_tensor(v, dtype=torch.float32, device=device).view(1, -1, 1, 1) for v in (mean, std))
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = _Generator(device).manual_seed(seed)
+        self.generator.share = share
 
     def clean(self,
               images: torch.Tensor,  # (n, c, h, w) uint8
@@ -137,7 +148,7 @@ class ViewMaker:
         grid = F.affine_grid(affine_parameters(len(x), p, g), list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, mode='bilinear', padding_mode=p.padding, align_corners=False)
         x = jitter_colour(x, p, g)
-        if p.noise: x = (x + p.noise*torch.randn(x.shape, device=x.device, generator=g)).clamp(0, 1)
+        if p.noise: x = (x + p.noise*_draw(torch.randn, *x.shape, g=g)).clamp(0, 1)
         return (x - self.mean)/self.std
 
     def state(self) -> dict: # name -> uint8 tensor
