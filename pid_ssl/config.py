@@ -78,7 +78,7 @@ class Config:
     train_size: int = _f(None, 'training images, class-balanced; 0: all of them', lo=0)
     image_size: int = _f(None, 'pixels a side that images are resized to', lo=8, hi=512)
     batch_size: int = _f(None, 'images a step (two to four views of each)', lo=4, hi=65_536)
-    policy: str = _f('auto', 'augmentation policy of both views; auto: the dataset\'s', choices=('auto', 'digits', 'cifar', 'cifar_weak', 'cifar_strong', 'none'))
+    policy: str = _f('auto', 'augmentation policy of both views; auto: the dataset\'s', choices=('auto', 'digits', 'cifar', 'cifar_weak', 'cifar_strong', 'simclr', 'byol', 'none'))
     eval_on: str = _f('test', 'split the final numbers are measured on; choose settings on val', choices=('test', 'val'))
     # model
     encoder: str = _f(None, 'backbone', choices=('small', 'resnet18', 'resnet50'))
