@@ -75,11 +75,11 @@ def submit_sweep(sweep: dict,              # config field -> value, or list of v
                  **parameters,             # submitit's: timeout_min, gpus_per_node, slurm_partition, ...
                 ) -> list:                 # of submitit's jobs
     "Submit a job for each run of a sweep that has no finished record; raises `ConfigError` before anything is submitted."
-    try: import submitit
-    except ImportError: raise ImportError("a sweep needs submitit: pip install 'pid_ssl[slurm]'") from None
     # jobs may start in another folder
     configs = [dataclasses.replace(c, home=str(home_folder(c))) for c in expand(sweep)]
     todo = unfinished(configs)
+    try: import submitit
+    except ImportError: raise ImportError("a sweep needs submitit: pip install 'pid_ssl[slurm]'") from None
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     executor.update_parameters(**{'name': 'pid_ssl', **parameters})
     print(f'{len(configs)} runs, {len(configs) - len(todo)} finished, {len(todo)} submitted')

@@ -299,23 +299,21 @@ def test_a_second_start_is_told_of_the_first(team):
 
 
 SCRIPT = """
-import os, signal, sys
+import os, runpy, signal
 import fault_harness
-from pid_ssl.trainers import main
-if os.environ["RANK"] == "1" and sys.argv[1] == "kill": fault_harness.signal_at("", 3, signal.SIGKILL)
-sys.exit(main(sys.argv[2:]))
+if os.environ["RANK"] == "1": fault_harness.signal_at("", 3, signal.SIGKILL)
+runpy.run_module("pid_ssl.trainers", run_name="__main__")
 """
 
 
-def test_torchrun(tmp_path, whole):
-    """The user's command, and what torchrun makes of a killed process."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    arguments = [*(f"--{k}={v}" for k, v in ARGS.items()), f"--home={tmp_path / 'home'}"]
+def test_torchrun(team, whole):
+    """What torchrun makes of a killed process; the first says where the same command goes on."""
+    script = team.home.with_name("script.py")
+    script.write_text(SCRIPT)
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | dict(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
-    start = lambda *command: subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
-    out = start("script.py", "kill", *arguments)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *(f"--{k}={v}" for k, v in ARGS.items()), f"--home={team.home}"]
+    out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert out.returncode == 1 and "is saved after epoch 1 of 3" in out.stderr and "SIGKILL" in out.stderr
-    out = start("-m", "pid_ssl.trainers", *arguments)
-    assert out.returncode == 0 and "resumed after epoch 1\n" in out.stdout and out.stdout.count("epoch 3/3") == 1, out.stderr
-    run = Run(tmp_path / "home")
-    same_result(run, whole)
+    status, (first, _) = team.start()
+    assert status == [0, 0] and "resumed after epoch 1\n" in first
+    same_result(team, whole)
