@@ -141,7 +141,7 @@ def ours(net, steps, amp="off", **other):
     return dict(s_per_step=whole, stages={k: median(v) for k, v in clock.seconds.items()})
 
 
-def lightly_recipe(net, steps, workers=WORKERS):
+def lightly_recipe(net, steps, workers=WORKERS, threads=THREADS):
     """lightly's documented Barlow Twins: its transform for CIFAR-10, a DataLoader, each view through the model, its loss, SGD."""
     import torch
     from lightly.loss import BarlowTwinsLoss
@@ -149,7 +149,7 @@ def lightly_recipe(net, steps, workers=WORKERS):
 
     from pid_ssl.trainers_base import build_embed
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     c = config(net)
     data = images(c.image_size, c.train_size)
     transform = BYOLTransform(view_1_transform=BYOLView1Transform(input_size=c.image_size, gaussian_blur=0.0), view_2_transform=BYOLView2Transform(input_size=c.image_size, gaussian_blur=0.0))
@@ -251,6 +251,7 @@ def train():
         sides = {"pid_ssl, float32": f"ours({net!r}, {steps})", "lightly, 2 workers": f"lightly_recipe({net!r}, {steps})", "pid_ssl, bfloat16": f"ours({net!r}, {steps}, 'on')"}
         if net == "CPU net":  # where views take a large share
             sides["lightly, 1 worker"] = f"lightly_recipe({net!r}, {steps}, 1)"
+            sides["lightly, 1 worker, 1 thread"] = f"lightly_recipe({net!r}, {steps}, 1, 1)"  # threads that do not share a core with a worker
         out[net] = turns(sides, rounds)
     return out
 
