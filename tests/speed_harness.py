@@ -90,8 +90,8 @@ NETS = {"ResNet-18": dict(encoder="resnet18", image_size=32, projector_hidden=20
 def config(net, **other):
     from pid_ssl.config import Config, resolve
 
-    return resolve(Config(loss="barlow", dataset="cifar10", preset=NETS[net].get("preset", "gpu"), batch_size=BATCH, policy="byol", optimizer="sgd", lr=0.01,
-                          **{k: v for k, v in NETS[net].items() if k != "preset"} | dict(train_size=10_240) | other))
+    fixed = dict(loss="barlow", dataset="cifar10", preset="gpu", batch_size=BATCH, train_size=10_240, policy="byol", optimizer="sgd", lr=0.01)
+    return resolve(Config(**fixed | NETS[net] | other))
 
 
 class Clock:
@@ -222,9 +222,10 @@ def evaluation():
 
 
 def child(call):
-    """Run `call` in a process of its own; its result with peak memory of it and of its largest worker."""
+    """Run `call` in a process of its own; its result with its peak memory, workers not counted."""
     env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    code = f"import json, resource, speed_harness as h\nout = h.{call}\nkb = [resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\nprint(json.dumps({{**out, 'peak_mb': round(kb[0]/1024), 'worker_peak_mb': round(kb[1]/1024)}}))"
+    # ru_maxrss would begin with the size of this process, which the child was forked from
+    code = f"import json, re, speed_harness as h\nout = h.{call}\nkb = int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\nprint(json.dumps({{**out, 'peak_mb': round(kb/1024)}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(done.stderr)

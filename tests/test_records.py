@@ -58,8 +58,9 @@ def test_figures_are_up_to_date(committed, tmp_path):
 def test_committed_files_are_those_of_the_manifest():
     manifest = json.loads((ROOT / "figures/manifest.json").read_text())
     tracked = subprocess.run(["git", "ls-files", "figures"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    # these tables are written, and checked against their records, by nbs/13_benchmarks.ipynb
-    listed = {f for v in manifest.values() for f in v["output_hashes"]} | {"manifest.json", "pid_speed.csv", "pid_speed.md", "loss_speed.csv", "loss_speed.md"}
+    # these tables are written, and checked against their records, by nbs/13_benchmarks*.ipynb
+    speed = {f"{name}_speed.{suffix}" for name in ("pid", "loss", "view", "train", "eval") for suffix in ("csv", "md")}
+    listed = {f for v in manifest.values() for f in v["output_hashes"]} | {"manifest.json"} | speed
     assert {t.removeprefix("figures/") for t in tracked} <= listed
     for entry in manifest.values():
         for file, want in entry["output_hashes"].items():
