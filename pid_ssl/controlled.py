@@ -40,15 +40,14 @@ def _pattern(name, u, v, x, generator):
     if name == 'checks': return 4*torch.sin(math.pi*u)*torch.sin(math.pi*v)
     if name == 'dots': return 8*(0.34 - torch.hypot(saw(u), saw(v)))
     if name == 'grid': return 8*(torch.maximum(saw(u), saw(v)) - 0.33)
-    if name == 'zigzags': return 2*torch.sin(2*math.pi*(0.75*u + 2.2*saw(v/2)))
     if name == 'split': return 6*x
     if name == 'ramp': return 0.45*x
-    if name == 'speckle': return torch.where(torch.rand(u.shape, generator=generator) < 0.2, 1., -1.)
+    if name in ('speckle', 'pepper'): return torch.where(torch.rand(u.shape, generator=generator) < (0.2 if name == 'speckle' else 0.8), 1., -1.)
     cells = torch.rand(len(u), 1, u.shape[1]//2, u.shape[2]//2, generator=generator) < 0.5
     return torch.nn.functional.interpolate(2*cells.float() - 1, size=u.shape[1:], mode='nearest')[:, 0]
 
 SHAPES = ('circle', 'square', 'triangle', 'plus', 'tee', 'bar', 'ring', 'crescent', 'half', 'star')
-TEXTURES = ('solid', 'stripes', 'checks', 'dots', 'grid', 'zigzags', 'split', 'ramp', 'speckle', 'noise')
+TEXTURES = ('solid', 'stripes', 'checks', 'dots', 'grid', 'split', 'ramp', 'speckle', 'pepper', 'noise')
 COLOURS = {'red': (0.9, 0.1, 0.1), 'green': (0.1, 0.65, 0.1), 'blue': (0.1, 0.2, 0.95), 'yellow': (0.95, 0.9, 0.1), 'pink': (1., 0.5, 0.85),
            'cyan': (0.1, 0.9, 0.9), 'orange': (1., 0.55, 0.), 'white': (1., 1., 1.), 'purple': (0.5, 0.1, 0.65), 'brown': (0.4, 0.22, 0.05)}
 BACKGROUND, FAINT = 0.5, 0.25  # grey; share of the colour where the texture is off
