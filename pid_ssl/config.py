@@ -36,7 +36,13 @@ def source_hash() -> str: # digest over the text of every module of the installe
     here = Path(__file__).parent if '__file__' in globals() else project_root()/'pid_ssl'
     return digest({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(here.glob('*.py'))})
 
-# %% ../nbs/00_config.ipynb #093caee6
+# %% ../nbs/00_config.ipynb #127e43d9
+def _show(value):
+    # Python refuses to write integers of more than 4,300 digits, and nobody reads a page of them
+    try: text = repr(value)
+    except ValueError: return f'{type(value).__name__} too long to show'
+    return text if len(text) <= 500 else f'{text[:500]}... ({len(text):,} characters)'
+
 class ConfigError(ValueError):
     "A setting that cannot be used; the message names the field, the value and what is accepted."
     def __init__(self,
@@ -44,7 +50,7 @@ class ConfigError(ValueError):
                  value: object,   # what was given
                  accepted: str,   # what would be accepted
                 ):
-        super().__init__(f"{name}: got {value!r}; accepted: {accepted}")
+        super().__init__(f"{name}: got {_show(value)}; accepted: {accepted}")
         self.name, self.value, self.accepted = name, value, accepted
 
     def __reduce__(self): return type(self), (self.name, self.value, self.accepted)
@@ -72,7 +78,7 @@ class Config:
     train_size: int = _f(None, 'training images, class-balanced; 0: all of them', lo=0)
     image_size: int = _f(None, 'pixels a side that images are resized to', lo=8, hi=512)
     batch_size: int = _f(None, 'images a step (two to four views of each)', lo=4, hi=65_536)
-    policy: str = _f('auto', 'augmentation policy of both views; auto: the dataset\'s', choices=('auto', 'digits', 'cifar', 'cifar_weak', 'cifar_strong', 'none'))
+    policy: str = _f('auto', 'augmentation policy of both views; auto: the dataset\'s', choices=('auto', 'digits', 'cifar', 'cifar_weak', 'cifar_strong', 'simclr', 'byol', 'none'))
     eval_on: str = _f('test', 'split the final numbers are measured on; choose settings on val', choices=('test', 'val'))
     # model
     encoder: str = _f(None, 'backbone', choices=('small', 'resnet18', 'resnet50'))
@@ -115,6 +121,7 @@ class Config:
     threads: int = _f(None, 'CPU threads; default $OMP_NUM_THREADS, else all cores but one, up to 8', lo=1, hi=1024, changes_result=False)
     data_dir: str = _f(None, 'folder of Parquet datasets; default $PID_SSL_DATA, then data/datasets', changes_result=False)
     home: str = _f(None, 'folder that gets data/runs and data/checkpoints; default the project root', changes_result=False)
+    deterministic: bool = _f(False, 'deterministic algorithms on a GPU: exact on one device and version, slower; a CPU run is exact without it', changes_result=False)
     download: bool = _f(False, 'let torchvision download a dataset that is not at hand', changes_result=False)
     force: bool = _f(False, 'run again although a finished record exists', changes_result=False)
 

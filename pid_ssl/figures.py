@@ -195,7 +195,12 @@ class Gallery:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder/'manifest.json'
         try: self.manifest = json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as e: raise ValueError(f'{path}: not readable as JSON ({e}); delete it to rebuild every figure') from None
+        except (OSError, ValueError, RecursionError) as e: raise ValueError(f'{path}: not readable as JSON ({e}); delete it to rebuild every figure') from None
+        if not isinstance(self.manifest, dict): raise ValueError(f'{path}: a {type(self.manifest).__name__}; accepted: figure names with their entries (delete it to rebuild every figure)')
+        plain = lambda v: isinstance(v, dict) and all(re.fullmatch(r'\w[\w.-]*', k) and isinstance(h, str) for k, h in v.items())
+        for name, entry in self.manifest.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get('notebook'), str) or not plain(entry.get('output_hashes')):
+                raise ValueError(f'{path}: entry {name!r} has no notebook or no output_hashes of plain file names; accepted: entries as `add` writes them (delete the file to rebuild every figure)')
 
     def add(self,
             name: str,     # stem of the files

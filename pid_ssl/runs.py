@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'home_folder', 'runs_folder', 'checkpoint_folder', 'run_id', 'RecordError', 'RunRecord', 'load_record',
-           'find_record', 'load_records', 'RunLocked', 'lock_run', 'git_state', 'device_name', 'provenance',
-           'peak_memory']
+           'find_record', 'load_records', 'other_data', 'RunLocked', 'lock_run', 'git_state', 'device_name',
+           'provenance', 'peak_memory']
 
 # %% ../nbs/06_runs.ipynb #bb24b34a
 import atexit, contextlib, dataclasses, functools, importlib.metadata, json, math, os, platform, re, shutil, subprocess, sys, tempfile, time, warnings
@@ -72,7 +72,9 @@ class RunRecord:
             ) -> Path:           # the file
         "Write the record to a temporary name and rename it; raises `ValueError` on NaN or infinity, `StorageError` when the disk refuses."
         folder = Path(folder)
-        text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + '\n'
+        value = dataclasses.asdict(self)
+        value['provenance']['checksum'] = _checksum(value)
+        text = json.dumps(value, indent=1, allow_nan=False) + '\n'
         path = folder/f'{self.run_id}.json'
         tmp = path.with_suffix(f'.tmp-{os.getpid()}')
         with writing(path):
@@ -83,7 +85,11 @@ class RunRecord:
             finally: tmp.unlink(missing_ok=True)
         return path
 
-# %% ../nbs/06_runs.ipynb #3077e394
+# %% ../nbs/06_runs.ipynb #82103ae7
+def _checksum(value):
+    try: return digest({**value, 'provenance': {k: v for k, v in value['provenance'].items() if k != 'checksum'}})
+    except (ValueError, RecursionError): return ''  # no content that a record can have
+
 def load_record(path: str | Path,            # a JSON file
                 parse: Callable = from_dict, # checks the config; another experiment has its own
                ) -> RunRecord:               # checked
@@ -97,6 +103,8 @@ def load_record(path: str | Path,            # a JSON file
         if not isinstance(raw[k], t): raise RecordError(f"{path}: {k} is {type(raw[k]).__name__}; accepted: {t.__name__}")
     if raw['run_id'] != path.stem: raise RecordError(f"{path}: run_id {raw['run_id']!r}; accepted: the file's name, {path.stem!r}")
     if raw['status'] not in STATUSES: raise RecordError(f"{path}: status {raw['status']!r}; accepted: {', '.join(STATUSES)}")
+    stated = raw['provenance'].get('checksum')  # records of before 2026-11-23 have none
+    if stated is not None and stated != _checksum(raw): raise RecordError(f"{path}: its content does not give its checksum {stated!r}, so it was damaged or edited; accepted: the file as the run wrote it (put it back, or run again with force=True)")
     bad = [k for k, v in raw['metrics'].items() if type(v) not in (int, float) or not abs(v) < math.inf]
     if bad: raise RecordError(f"{path}: metrics[{bad[0]!r}] is {raw['metrics'][bad[0]]!r}; accepted: a finite number")
     bad = [i for i, row in enumerate(raw['history']) if not isinstance(row, dict)]
@@ -121,6 +129,18 @@ def load_records(folder: str | Path | None = None, # default the project's data/
     out = [load_record(p) for p in sorted(Path(folder or project_root()/'data'/'runs').glob('*.json'))]
     fits = lambda c: all(c.get(k) in v if isinstance(v, tuple) else c.get(k) == v for k, v in where.items())
     return [r for r in out if r.status == 'finished' and fits(r.config)]
+
+def other_data(config: Config,    # whose `home` and `dataset` count
+               dataset_hash: str, # content hash of the dataset as it is now
+              ) -> str:           # what to tell the user, or nothing
+    "Whether records of a dataset of this name were made from other content: a damaged or another copy trains as well as the right one, and its numbers do not belong beside theirs."
+    others = {}
+    for path in runs_folder(config).glob('*.json'):
+        try: name, other = (raw := json.loads(path.read_text()))['config']['dataset'], raw['provenance']['dataset_hash']
+        except (OSError, ValueError, KeyError, TypeError, RecursionError): continue  # whoever reads it will be told
+        if name == config.dataset and other != dataset_hash: others.setdefault(str(other)[:16], []).append(path.stem)
+    found = ', '.join(f'{h} in {len(ids)} here (such as {ids[0]})' for h, ids in sorted(others.items()))
+    return found and f'dataset {config.dataset!r} has the content hash {dataset_hash[:16]}, and records have another: {found}; if that is not meant, one of the copies is damaged'
 
 # %% ../nbs/06_runs.ipynb #dc8522e8
 class RunLocked(RuntimeError):

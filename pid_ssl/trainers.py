@@ -15,7 +15,8 @@ from .config import Config, ConfigError, accepted, from_dict, identity, resolve,
 from .data import DataError, ViewMaker, load_dataset
 from .evaluate import calibrate_batchnorm, evaluate_encoder, pid_audit, raw_pixels
 from .models import CheckpointError, StorageError, load_checkpoint, remove_checkpoint, save_checkpoint
-from .runs import RecordError, RunLocked, RunRecord, checkpoint_folder, find_record, lock_run, peak_memory, provenance, run_id, runs_folder
+from .runs import RecordError, RunLocked, RunRecord, checkpoint_folder, find_record, lock_run, other_data, peak_memory, provenance, run_id, runs_folder
+from .trainers_ddp import ProcessLost, check_processes, join_processes, leave_when_stuck
 from .trainers_base import NonFiniteLoss, Pretraining, build_embed, default_threads, device_class, learning_rate, synergy_strength
 
 # %% ../nbs/07_trainers.ipynb #8f2eb8b0
@@ -113,6 +114,7 @@ class StopSignals:
     "A context in which SIGINT and SIGTERM raise `RunInterrupted`: at once, or, while `wait` is set, when `check` is called."
     def __init__(self):
         self.number, self.wait, self.message, self.before = None, False, 'nothing was saved yet', {}
+        self.patient = False  # ignore signals after the first
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -127,8 +129,9 @@ class StopSignals:
         self.before = {}
 
     def _handle(self, number, frame):
+        if self.patient and self.asked(): return
         self.number = number
-        self._put_back()
+        if not self.patient: self._put_back()
         if not self.wait: raise RunInterrupted(self.message, number)
 
     def asked(self) -> bool:
@@ -147,23 +150,44 @@ AUDIT_IMAGES = 1000  # validation images in the PID audit of each epoch: enough 
 AUDIT_SEED = 2_000_000_011  # the audit's views are the same in every epoch and run, and no run's own
 
 def pretrain(config: Config, # validated
-            ) -> RunRecord:  # finished
+            ) -> RunRecord:  # finished; under torchrun None in all processes but the first
     """Pretrain, evaluate, record. Raises `ConfigError`, `DataError`, `RecordError`, `CheckpointError` (nothing usable is left), `RunLocked` or `StorageError` before any work;
-    `NonFiniteLoss`, `StorageError` or `RunInterrupted` during it."""
+    `NonFiniteLoss`, `StorageError`, `RunInterrupted` or `ProcessLost` (another process of this run ended) during it."""
     device = device_class(config)
     for name in unread(config): warnings.warn(f"{name} = {getattr(config, name)!r} has no effect: loss {config.loss!r} does not read it")
     config = resolve(config, device)
+    check_processes(config, device)
     torch.set_num_threads(config.threads or default_threads())
+    with _algorithms(config.deterministic): return _pretrain(config, device)
+
+@contextlib.contextmanager
+def _algorithms(deterministic):
+    if not deterministic: yield; return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts; without it torch refuses to multiply matrices
+    torch.use_deterministic_algorithms(True); torch.backends.cudnn.benchmark = False
+    try: yield
+    finally: torch.use_deterministic_algorithms(before[0], warn_only=before[1]); torch.backends.cudnn.benchmark = before[2]
+
+def _pretrain(config, device):
     dataset = load_dataset(config.dataset, config.image_size, config.train_size, config.data_dir, config.download)
     if config.batch_size > len(dataset.images['train']):
         raise ConfigError('batch_size', config.batch_size, f"at most {len(dataset.images['train'])}, the training images of {config.dataset}")
     rid = run_id(config, dataset.content_hash, device)
     about = provenance(config, dataset.content_hash, device)
-    record = _finished(config, rid, about)
-    if record is not None: return record
-    with StopSignals() as stop, lock_run(config, rid):
-        record = _finished(config, rid, about, locked=True)  # by the process that held the lock until now
-        return _run(config, dataset, device, rid, about, stop) if record is None else record
+    record = None
+    with join_processes(device) as group, StopSignals() as stop, contextlib.ExitStack() as held:
+        stop.patient = group.size > 1
+        with group.lasting(lambda: 'nothing was begun'):
+            group.agree(run_id=rid, source=about['source_hash'])
+            with group.together():
+                if group.first: record = _finished(config, rid, about)
+                if group.first and record is None:
+                    if strange := other_data(config, dataset.content_hash): warnings.warn(strange)
+                    held.enter_context(lock_run(config, rid))
+                    record = _finished(config, rid, about, locked=True)  # by the process that held the lock until now
+            if group.largest(record is not None): return record
+        return _run(config, dataset, device, rid, about, stop, group)
 
 def _finished(config, rid, about, locked=False):
     if config.force: return None
@@ -186,35 +210,48 @@ def _forced_before(path, source):
     except CheckpointError: return False
     return isinstance(header.get('config'), dict) and header['config'].get('force') is True and header.get('source_hash') == source
 
-def _run(config, dataset, device, rid, about, stop):
+def _run(config, dataset, device, rid, about, stop, group):
     folder, start = checkpoint_folder(config, rid), time.perf_counter()
-    state = Pretraining(config, dataset, device)
-    if config.force:
-        for old in _checkpoints(folder):
+    state = Pretraining(config, dataset, device, group)
+    with group.together():
+        for old in _checkpoints(folder) if config.force and group.first else []:
             if not _forced_before(old, state.source): remove_checkpoint(old)
-    resumed = load_state(state, folder)
+    with group.together(): resumed = load_state(state, folder)
+    group.agree(step=state.step)
     audit_images = dataset.images['val'][:AUDIT_IMAGES]
     where = lambda: f'after epoch {len(state.history)}' + (f', step {len(state.log)}' if state.log else '')
-    print(f"run {rid}: {config.loss} on {dataset.note}, {len(state.images)} images, {config.epochs} epochs, seed {config.seed}, {device}" + (f', resumed {where()}' if resumed else ''), flush=True)
-    if resumed: stop.message = f'run {rid} is saved {where()} of {config.epochs} in {folder}; the same call goes on there'
+    if group.first: print(f"run {rid}: {config.loss} on {dataset.note}, {len(state.images)} images, {config.epochs} epochs, seed {config.seed}, {device}" + (f', {group.size} processes' if group.size > 1 else '') + (f', resumed {where()}' if resumed else ''), flush=True)
+    saved = lambda: f'run {rid} is saved {where()} of {config.epochs} in {folder}; the same call goes on there'
+    if resumed: stop.message = saved()
+    def asked():
+        # all processes stop at the same step, whichever of them the signal reached
+        number = group.largest(stop.number or 0)
+        if number: stop.number = number
+        return bool(number)
     seconds, first, made = 0., len(state.history), state.step
-    bar = tqdm(total=config.epochs, initial=first, desc=config.loss, unit='epoch', mininterval=1, disable=None)
+    bar = tqdm(total=config.epochs, initial=first, desc=config.loss, unit='epoch', mininterval=1, disable=None if group.first else True)
     try:
         stop.wait = True
-        while len(state.history) < config.epochs:
-            t = time.perf_counter()
-            row = state.epoch(stop.asked)
-            seconds += time.perf_counter() - t
-            if row is not None:
-                audit = pid_audit(state.embed, audit_images, ViewMaker(config.policy, dataset.mean, dataset.std, AUDIT_SEED, device))
-                _require_finite(config, f"audit of epoch {row['epoch']}", audit)
-                state.history.append({**row, **{f'val_{k}': v for k, v in audit.items()}})
-            save_state(state, folder)
-            stop.check(f'run {rid} is saved {where()} of {config.epochs} in {folder}; the same call goes on there')
-            bar.update()
-            line = ', '.join(f'{k} {row[k]:.4g}' for k in row if k not in ('epoch', 'lr'))
-            tqdm.write(f"epoch {row['epoch']}/{config.epochs}: {line}, R {audit['pid_coordinate_redundancy']:.3f}, S {audit['pid_coordinate_synergy']:.3f}, {time.perf_counter() - t:.1f} s", file=sys.stdout)
+        with leave_when_stuck(group, lambda: stop.message), group.lasting(lambda: stop.message):
+            while len(state.history) < config.epochs:
+                t = time.perf_counter()
+                row = state.epoch(asked)
+                seconds += time.perf_counter() - t
+                with group.together():
+                    if row is not None:
+                        audit = _audit(state, audit_images, dataset) if group.first else {}
+                        state.history.append({**row, **{f'val_{k}': v for k, v in audit.items()}})
+                    if group.first: save_state(state, folder)
+                stop.message = saved()
+                if asked(): stop.check(stop.message)
+                bar.update()
+                if not group.first: continue
+                line = ', '.join(f'{k} {row[k]:.4g}' for k in row if k not in ('epoch', 'lr'))
+                tqdm.write(f"epoch {row['epoch']}/{config.epochs}: {line}, R {audit['pid_coordinate_redundancy']:.3f}, S {audit['pid_coordinate_synergy']:.3f}, {time.perf_counter() - t:.1f} s", file=sys.stdout)
+            group.leave()
         stop.wait = False
+        stop.check(stop.message)
+        if not group.first: return None
         trained = time.perf_counter() - start
         metrics = evaluate_encoder(state.embed[0], dataset, state.views, config.eval_on)
         control = calibrate_batchnorm(build_embed(config, dataset).to(device, memory_format=torch.channels_last), dataset.images['train'], state.views)[0]
@@ -223,10 +260,10 @@ def _run(config, dataset, device, rid, about, stop):
         metrics |= {f'{config.eval_on}_{k}': v for k, v in pid_audit(state.embed, dataset.images[config.eval_on], final_views).items()}
         _require_finite(config, 'final evaluation', metrics)
     except NonFiniteLoss as e:
-        RunRecord(rid, 'failed', dataclasses.asdict(config), {}, state.history, {**about, 'failure': str(e)}).save(runs_folder(config))
+        if group.first: RunRecord(rid, 'failed', dataclasses.asdict(config), {}, state.history, {**about, 'failure': str(e)}).save(runs_folder(config))
         raise
     finally: bar.close()
-    about |= dict(dataset_note=dataset.note, images={s: len(x) for s, x in dataset.images.items()}, train_seconds=round(trained, 2), wall_seconds=round(time.perf_counter() - start, 2),
+    about |= dict(processes=group.size, dataset_note=dataset.note, images={s: len(x) for s, x in dataset.images.items()}, train_seconds=round(trained, 2), wall_seconds=round(time.perf_counter() - start, 2),
                   images_per_second=round((state.step - made)*config.batch_size/seconds, 1) if seconds else None, image_passes=state.image_passes(),
                   resumed_after_epoch=first, peak_memory_bytes=peak_memory(device))
     record = RunRecord(rid, 'finished', dataclasses.asdict(config), metrics, state.history, about)
@@ -237,6 +274,11 @@ def _run(config, dataset, device, rid, about, stop):
     for old in _checkpoints(folder): remove_checkpoint(old)
     print(f"{config.eval_on}: " + ', '.join(f'{k.removeprefix(config.eval_on + "_")} {v:.2f}' for k, v in metrics.items() if k.startswith(config.eval_on) and not k.endswith('_C') and 'pid' not in k) + f'; record {path}', flush=True)
     return record
+
+def _audit(state, images, dataset):
+    audit = pid_audit(state.embed, images, ViewMaker(state.config.policy, dataset.mean, dataset.std, AUDIT_SEED, state.device))
+    _require_finite(state.config, f'audit of epoch {len(state.history) + 1}', audit)
+    return audit
 
 def _require_finite(config, what, values):
     bad = [k for k, v in values.items() if not math.isfinite(v)]
@@ -263,13 +305,14 @@ def _number(text):
     return text
 
 def main(argv: list | None = None, # default the process's arguments
-        ) -> int:                  # exit status: 0; 2 bad input, 3 not finite, 4 not writable, 5 locked, 128 + signal when stopped
+        ) -> int:                  # exit status: 0; 2 bad input, 3 not finite, 4 not writable, 5 locked, 6 process lost, 128 + signal when stopped
     "The command line; what goes wrong is one line on standard error."
     try: pretrain(parse_args(argv)); return 0
     except (ConfigError, DataError, RecordError, CheckpointError) as e: error, status = e, 2
     except NonFiniteLoss as e: error, status = e, 3
     except StorageError as e: error, status = e, 4
     except RunLocked as e: error, status = e, 5
+    except ProcessLost as e: error, status = e, 6
     except RunInterrupted as e: print(e, file=sys.stderr); return 128 + e.signal
     print(f'error: {error}', file=sys.stderr)
     return status

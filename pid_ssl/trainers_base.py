@@ -14,6 +14,7 @@ from .config import Config, ConfigError, reads, source_hash
 from .data import Dataset, ViewMaker
 from .losses import build_loss
 from .models import EMATeacher, build_encoder, build_projector
+from .trainers_ddp import Processes, launched
 
 # %% ../nbs/07_trainers_base.ipynb #3852024a
 def device_class(config: Config, # any config
@@ -26,10 +27,10 @@ def device_class(config: Config, # any config
 
 # %% ../nbs/07_trainers_base.ipynb #3ae1fe47
 def default_threads() -> int: # threads
-    "Threads of a run that names none: `$OMP_NUM_THREADS`, else one less than the cores this process may use, up to 8."
+    "Threads of a run that names none: `$OMP_NUM_THREADS`, else one less than the cores this process may use, divided by the processes that torchrun launched here, up to 8."
     env = os.environ.get('OMP_NUM_THREADS', '')
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return int(env) if env.isdigit() and int(env) else max(1, min(8, cores - 1))
+    return int(env) if env.isdigit() and int(env) else max(1, min(8, (cores - 1)//launched()[3]))
 
 # %% ../nbs/07_trainers_base.ipynb #505b0e9f
 def learning_rate(step: int,     # from 0
@@ -71,15 +72,16 @@ class Pretraining:
                  config: Config,   # resolved
                  dataset: Dataset, # splits on the CPU
                  device: str,      # 'cpu', 'cuda' or 'mps'
+                 group: Processes = Processes(), # that share each batch
                 ):
-        self.config, self.device = config, device
+        self.config, self.device, self.group = config, device, group
         self.images = dataset.images['train'].to(device)
-        self.embed = build_embed(config, dataset).to(device, memory_format=torch.channels_last)
-        self.loss = build_loss(config).to(device)
+        self.embed = group.prepare(build_embed(config, dataset), device).to(device, memory_format=torch.channels_last)
+        self.loss = group.prepare(build_loss(config)).to(device)
         self.teacher = EMATeacher(self.embed, config.ema_momentum) if self.loss.needs_target else None
         self.target = config.target if reads(config, 'target') else 'ema_view'  # BYOL: each view predicts the other
-        self.views = ViewMaker(config.policy, dataset.mean, dataset.std, config.seed, device)
-        params = [p for m in (self.embed, self.loss) for p in m.parameters() if p.requires_grad]
+        self.views = ViewMaker(config.policy, dataset.mean, dataset.std, config.seed, device, (group.rank, group.size))
+        self.params = params = [p for m in (self.embed, self.loss) for p in m.parameters() if p.requires_grad]
         groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=config.weight_decay),
                   dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)]
         fused = dict(fused=True) if device == 'cuda' else {}
@@ -133,11 +135,12 @@ class Pretraining:
             lr = learning_rate(self.step, self.steps*c.epochs, c.lr, c.warmup)
             for group in self.optimizer.param_groups: group['lr'] = lr
             self.set_strength()
-            try: loss = self.batch_loss(self.images[order[i*c.batch_size:(i + 1)*c.batch_size]])
+            try: loss = self.batch_loss(self.images[self.group.rows(order[i*c.batch_size:(i + 1)*c.batch_size])])
             except ConfigError: raise
             except (ValueError, torch.linalg.LinAlgError) as e: raise NonFiniteLoss(f'{self._where(number, i)}: {e} ({self._batch(-1)})') from None
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            self.group.average(self.params)
             self.optimizer.step()
             if self.teacher is not None: self.teacher.update(self.embed)
             self.step += 1

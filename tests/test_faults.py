@@ -1,4 +1,5 @@
 """Whatever stops a run - a kill, a signal, a full disk, a damaged file, a second start - it ends where the undisturbed run does, and nothing earlier is lost."""
+import io
 import json
 import os
 import re
@@ -8,9 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from fault_harness import Run, killed, undisturbed
+from fault_harness import ARGS, Run, killed, undisturbed
+from PIL import Image
 
 from pid_ssl.models import load_checkpoint
 from pid_ssl.runs import RecordError, load_record
@@ -173,15 +178,18 @@ def test_damaged_checkpoint(name, how, half, whole):
     assert half.faults(whole) == []
 
 
-@pytest.mark.parametrize("how", ["cut", "bit"])
+@pytest.mark.parametrize("how", ["cut", "bit of a name", "bit of a number"])
 def test_damaged_record(how, tmp_path, whole):
     run = Run(tmp_path / "home")
     shutil.copytree(whole.home, run.home)
     (path,) = run.records
     if how == "cut":
         damage(path, "cut")
-    else:
+    elif how == "bit of a name":
         path.write_text(path.read_text().replace('"status"', '"statuS"'))
+    else:  # still a record, and a number that nobody measured
+        found = re.search(r'"test_linear_logreg": (\d)', path.read_text())
+        path.write_text(path.read_text()[: found.start(1)] + str(int(found[1]) ^ 1) + path.read_text()[found.end(1) :])
     data = path.read_bytes()
     with pytest.raises(RecordError, match=path.name):
         load_record(path)
@@ -189,6 +197,81 @@ def test_damaged_record(how, tmp_path, whole):
     assert status == 2 and str(path) in text and "Traceback" not in text and path.read_bytes() == data, "not overwritten unasked"
     run.args["force"] = True
     assert run.start()[0] == 0 and run.faults(whole) == []
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder with the Parquet dataset `mine`: 80 and 40 noisy images of 4 classes, as JPEG, which has no checksum."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    (folder / "mine").mkdir()
+    for split, n in (("train", 80), ("test", 40)):
+        labels, blobs = np.arange(n) % 4, []
+        for label in labels:
+            buffer = io.BytesIO()
+            Image.fromarray(np.clip(60 * label + rng.integers(0, 60, (8, 8, 3)), 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=95)
+            blobs.append({"bytes": buffer.getvalue(), "path": ""})
+        pq.write_table(pa.table({"img": blobs, "label": labels}), folder / f"mine/{split}.parquet", compression="none")
+    return folder
+
+
+def test_damaged_parquet_file(images, tmp_path):
+    """A run that was killed half way is started again on a damaged file, then on the whole one: nothing of it is lost."""
+    given = dict(dataset="mine", preset="digits", image_size=8, policy="cifar", data_dir=str(images), train_size=0)
+    whole, points = undisturbed(tmp_path, **given)
+    run = Run(tmp_path / "home", **given)
+    assert run.start("kill_at", next(i for i, p in enumerate(points, 1) if p.startswith("mkdir epoch-000003")))[0] == -signal.SIGKILL
+    path = images / "mine/train.parquet"
+    data, before = path.read_bytes(), [p.name for p in run.checkpoints]
+    damage(path, "cut")
+    status, text = run.start()
+    assert status == 2 and f"{path}: not a readable Parquet image file" in text and "Traceback" not in text
+    path.write_bytes(data.replace(b"\xff\xd8\xff", b"\xff\xd9\xff", 1))  # a bit in the mark that opens a JPEG
+    status, text = run.start()
+    assert status == 2 and re.search(rf"{re.escape(str(path))}: row \d+ is not a readable image", text) and "Traceback" not in text
+    assert [p.name for p in run.checkpoints] == before
+    path.write_bytes(data)
+    status, text = run.start()
+    assert status == 0 and "resumed after epoch 2" in text and run.faults(whole) == []
+    # a bit among the coefficients of a JPEG makes another image, not an unreadable one: what is left to say is that the data is not that of the record
+    at = data.index(b"\xff\xda") + 40
+    path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+    status, text = run.start()
+    assert status == 0 and "dataset 'mine' has the content hash" in text and f"(such as {whole.records[0].stem})" in text and len(run.records) == 2
+    path.write_bytes(data)
+
+
+def test_interrupt_of_a_notebook_kernel(tmp_path):
+    """The button in JupyterLab: the cell ends with RunInterrupted, and running it again goes on and ends where a run left alone does."""
+    from jupyter_client.manager import start_new_kernel
+
+    cell = f"record = pretrain(Config(**{ARGS | dict(epochs=60)!r}, home=home))"
+    manager, client = start_new_kernel(kernel_name="python3", env={k: v for k, v in os.environ.items() if k != "IN_TEST"})
+
+    def execute(code, interrupt_at=None):
+        text, pressed = [], []
+
+        def output(message):
+            text.append(message["content"].get("text", ""))
+            if interrupt_at and interrupt_at in "".join(text) and not pressed:
+                pressed.append(True)
+                manager.interrupt_kernel()
+
+        return client.execute_interactive(code, output_hook=output, timeout=300)["content"], "".join(text)
+
+    try:
+        setup = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pid_ssl.config import Config\nfrom pid_ssl.trainers import pretrain\nhome = {str(tmp_path / 'home')!r}"
+        assert execute(setup)[0]["status"] == "ok"
+        reply, text = execute(cell, interrupt_at="epoch 3/60")
+        assert reply["ename"] == "RunInterrupted" and "stopped by SIGINT" in reply["evalue"] and "the same call goes on there" in reply["evalue"]
+        assert "epoch 60/60" not in text and Run(tmp_path / "home").checkpoints
+        reply, text = execute(cell)
+        assert reply["status"] == "ok" and "resumed after epoch" in text
+        assert execute(f"again, home = record, {str(tmp_path / 'alone')!r}")[0]["status"] == "ok" and execute(cell)[0]["status"] == "ok"
+        reply, text = execute("assert (again.metrics, again.history) == (record.metrics, record.history)")
+        assert reply["status"] == "ok", reply
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 def test_clock_set_back_between_start_and_resume(half, whole):
