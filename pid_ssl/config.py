@@ -87,7 +87,7 @@ class Config:
     projector_dim: int = _f(None, 'width d of the embedding z', lo=2, hi=65_536)
     projector_layers: int = _f(None, 'linear layers of the projector', lo=1, hi=5)
     # optimisation
-    optimizer: str = _f(None, 'optimiser', choices=('adamw', 'sgd'))
+    optimizer: str = _f(None, 'optimiser', choices=('adamw', 'sgd', 'muon', 'lars'))
     lr: float = _f(None, 'peak learning rate', lo=1e-8, hi=100.)
     weight_decay: float = _f(None, 'weight decay, not applied to biases and normalisation', lo=0., hi=10.)
     warmup: float = _f(0.1, 'share of the steps spent warming up', lo=0., hi=0.9)
@@ -121,6 +121,8 @@ class Config:
     threads: int = _f(None, 'CPU threads; default $OMP_NUM_THREADS, else all cores but one, up to 8', lo=1, hi=1024, changes_result=False)
     data_dir: str = _f(None, 'folder of Parquet datasets; default $PID_SSL_DATA, then data/datasets', changes_result=False)
     home: str = _f(None, 'folder that gets data/runs and data/checkpoints; default the project root', changes_result=False)
+    compiled: bool = _f(False, 'compile the network with torch.compile; falls back with a warning', changes_result=False)
+    images_on: str = _f('auto', 'where the training images lie: on the device, or on the host with a batch made ahead; auto: host when they need more than half of a GPU\'s free memory', choices=('auto', 'device', 'host'), changes_result=False)
     deterministic: bool = _f(False, 'deterministic algorithms on a GPU: exact on one device and version, slower; a CPU run is exact without it', changes_result=False)
     download: bool = _f(False, 'let torchvision download a dataset that is not at hand', changes_result=False)
     force: bool = _f(False, 'run again although a finished record exists', changes_result=False)

@@ -15,6 +15,7 @@ from .data import Dataset, ViewMaker
 from .losses import build_loss
 from .models import EMATeacher, build_encoder, build_projector
 from .trainers_ddp import Processes, launched
+from .trainers_optim import Batches, Compiled, build_optimizer
 
 # %% ../nbs/07_trainers_base.ipynb #3852024a
 def device_class(config: Config, # any config
@@ -75,18 +76,16 @@ class Pretraining:
                  group: Processes = Processes(), # that share each batch
                 ):
         self.config, self.device, self.group = config, device, group
-        self.images = dataset.images['train'].to(device)
+        self.batch_source = Batches(dataset.images['train'], device, config.images_on)
+        self.images = self.batch_source.images
         self.embed = group.prepare(build_embed(config, dataset), device).to(device, memory_format=torch.channels_last)
         self.loss = group.prepare(build_loss(config)).to(device)
         self.teacher = EMATeacher(self.embed, config.ema_momentum) if self.loss.needs_target else None
         self.target = config.target if reads(config, 'target') else 'ema_view'  # BYOL: each view predicts the other
         self.views = ViewMaker(config.policy, dataset.mean, dataset.std, config.seed, device, (group.rank, group.size))
-        self.params = params = [p for m in (self.embed, self.loss) for p in m.parameters() if p.requires_grad]
-        groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=config.weight_decay),
-                  dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)]
-        fused = dict(fused=True) if device == 'cuda' else {}
-        self.optimizer = (torch.optim.AdamW(groups, lr=config.lr, **fused) if config.optimizer == 'adamw'
-                          else torch.optim.SGD(groups, lr=config.lr, momentum=0.9, **fused))
+        self.params = [p for m in (self.embed, self.loss) for p in m.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(config, self.params, device)
+        self.forward = Compiled(self.embed) if config.compiled else self.embed
         self.steps, self.step, self.history = len(self.images)//config.batch_size, 0, []
         self.log, self.batches = [], []  # of the epoch that is under way: terms, and statistics of the embeddings
         self.source = source_hash()
@@ -113,7 +112,7 @@ class Pretraining:
         layout = dict(memory_format=torch.channels_last)
         v = torch.cat([self.views(images), self.views(images)])
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.amp):
-            z = self.embed(v.contiguous(**layout))
+            z = self.forward(v.contiguous(**layout))
             z1, z2 = z.chunk(2)
             targets = []
             if self.teacher is not None and self.loss.wants_target:
@@ -130,12 +129,13 @@ class Pretraining:
         c, log = self.config, self.log
         self.embed.train()
         number, self.batches = len(self.history), []
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(c.seed*1_000_003 + number)).to(self.device)
-        for i in range(len(log), self.steps):
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(c.seed*1_000_003 + number))
+        rows = [self.group.rows(r) for r in order.split(c.batch_size)[len(log):self.steps]]
+        for i, images in enumerate(self.batch_source(rows), len(log)):
             lr = learning_rate(self.step, self.steps*c.epochs, c.lr, c.warmup)
             for group in self.optimizer.param_groups: group['lr'] = lr
             self.set_strength()
-            try: loss = self.batch_loss(self.images[self.group.rows(order[i*c.batch_size:(i + 1)*c.batch_size])])
+            try: loss = self.batch_loss(images)
             except ConfigError: raise
             except (ValueError, torch.linalg.LinAlgError) as e: raise NonFiniteLoss(f'{self._where(number, i)}: {e} ({self._batch(-1)})') from None
             self.optimizer.zero_grad(set_to_none=True)

@@ -46,8 +46,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
                ) -> torch.Tensor: # same shape
         "Normalise each channel."
         if not self.training: return super().forward(x)
-        dims = [0, *range(2, x.ndim)]
-        parts = gather(torch.stack([x.float().mean(dims), x.float().var(dims, correction=0)])[None])
+        kind, x, dims = x.dtype, x if x.dtype == torch.float64 else x.float(), [0, *range(2, x.ndim)]
+        parts = gather(torch.stack([x.mean(dims), x.var(dims, correction=0)])[None])
         mean = parts[:, 0].mean(0)
         var = (parts[:, 1] + (parts[:, 0] - mean).square()).mean(0)
         n = len(parts)*x.numel()//x.shape[1]
@@ -56,7 +56,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             k = self.momentum if self.momentum is not None else 1/self.num_batches_tracked.item()
             self.running_mean.lerp_(mean, k); self.running_var.lerp_(var*n/(n - 1), k)
         mean, scale, bias = (v.view(-1, *[1]*(x.ndim - 2)) for v in (mean, torch.rsqrt(var + self.eps)*self.weight, self.bias))
-        return ((x.float() - mean)*scale + bias).to(x.dtype)
+        return ((x - mean)*scale + bias).to(kind)
 
 def share_batchnorm(module: nn.Module, # changed in place
                     device: str,       # 'cpu' or 'cuda'
@@ -65,7 +65,7 @@ def share_batchnorm(module: nn.Module, # changed in place
     if device == 'cuda': return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            new = GlobalBatchNorm(child.num_features, child.eps, child.momentum)
+            new = GlobalBatchNorm(child.num_features, child.eps, child.momentum, dtype=child.weight.dtype)
             new.load_state_dict(child.state_dict())
             setattr(module, name, new)
         else: share_batchnorm(child, device)

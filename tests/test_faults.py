@@ -84,6 +84,15 @@ def test_signal_saves_and_stops(number, status, run, whole):
     assert got == 0 and "resumed after epoch 1, step 1" in text and run.faults(whole) == []
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_every_optimizer_is_put_back(optimizer, tmp_path):
+    """AdamW is what all other tests use."""
+    whole, points = undisturbed(tmp_path, optimizer=optimizer)
+    run = Run(tmp_path / "home", optimizer=optimizer)
+    kills, wrong = killed(run, whole, next(i for i, p in enumerate(points, 1) if p.startswith("mkdir epoch-000003")))
+    assert kills == 1 and not wrong
+
+
 def test_not_finite_at_a_step(run, whole):
     status, text = run.start("nan_at", 3)
     assert status == 3 and "pid: epoch 2, step 2 of 2: not finite: loss" in text and "embeddings 100% finite" in text and "Traceback" not in text

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from pid_ssl import views
 from pid_ssl.data import load_dataset
-from pid_ssl.views import POLICIES, Policy, ViewMaker, affine_parameters, gaussian_blur, jitter_colour, resample
+from pid_ssl.views import POLICIES, Policy, ViewMaker, affine_parameters, draw_colour, gaussian_blur, jitter_colour, resample
 
 SIDE = 32
 CROP = Policy(crop=(0.08, 1.0), flip=0.5, boxes="pixels")
@@ -88,11 +88,11 @@ def test_jitter_has_torchvisions_distribution():
     torch.manual_seed(0)
     b = torch.stack([theirs(image) for _ in range(n)])
     g = torch.Generator().manual_seed(0)
-    a = torch.cat([jitter_colour(image.expand(2, -1, -1, -1), COLOUR, g) for _ in range(n // 2)])
+    a = torch.cat([jitter_colour(image.expand(2, -1, -1, -1), draw_colour(2, COLOUR, g)) for _ in range(n // 2)])
     for name, of in colour_statistics().items():
         assert stats.ks_2samp(of(a), of(b)).pvalue > 1e-4, name
     other = Policy(**{**COLOUR.__dict__, "hue": 0.15})
-    c = torch.cat([jitter_colour(image.expand(2, -1, -1, -1), other, g) for _ in range(n // 2)])
+    c = torch.cat([jitter_colour(image.expand(2, -1, -1, -1), draw_colour(2, other, g)) for _ in range(n // 2)])
     assert min(stats.ks_2samp(of(c), of(b)).pvalue for of in colour_statistics().values()) < 1e-4, "half as much hue again is told apart"
 
 
@@ -152,7 +152,7 @@ def test_one_colour_operation_is_torchvisions(operation, factor, theirs, monkeyp
     x, amount = images()[:8].float() / 255, factor if operation == "hue" else factor - 1
     # every draw comes out at the end of its range
     monkeypatch.setattr(views, "_uniform", lambda n, lo, hi, g: torch.full((n,), max(lo, hi) if amount > 0 else min(lo, hi)))
-    ours = jitter_colour(x, Policy(jitter=1.0, **{operation: abs(amount)}), torch.Generator())
+    ours = jitter_colour(x, draw_colour(8, Policy(jitter=1.0, **{operation: abs(amount)}), torch.Generator()))
     torch.testing.assert_close(ours, torch.stack([theirs(v, factor) for v in x]), rtol=0, atol=2e-6)
 
 

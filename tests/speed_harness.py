@@ -1,0 +1,282 @@
+"""Times views, training steps and evaluation against what people use today, on the machine at hand; writes `data/benchmarks/{view,train,growth,eval}_speed.json`.
+
+    python tests/speed_harness.py [view] [train] [growth] [eval]      (needs `pip install "pid_ssl[bench]"` and CIFAR-10, see README)
+
+Sides take turns, each turn in a process of its own, so that whatever else the machine does meets all of them and memory is counted apart. Nothing else should run.
+"""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+BATCH, WORKERS = 256, 2
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def images(size=None, count=0):
+    from pid_ssl.data import load_dataset
+
+    return load_dataset("cifar10", size, count)
+
+
+class Pictures:
+    """CIFAR-10 as torchvision's dataset hands it out: a PIL image made from an array, then the transform."""
+
+    def __init__(self, images, transform, pil=True):
+        self.images, self.transform, self.pil = images.permute(0, 2, 3, 1).numpy() if pil else images, transform, pil
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[i]) if self.pil else self.images[i]), 0
+
+
+# views: images a second
+
+
+def torchvision_recipe(policy, size, pil):
+    import torch
+    from torchvision.transforms import v2
+
+    reach = max(1, size // 20)
+    steps = [v2.RandomResizedCrop(size, scale=policy.crop, antialias=True), v2.RandomHorizontalFlip(policy.flip),
+             v2.RandomApply([v2.ColorJitter(policy.brightness, policy.contrast, policy.saturation, policy.hue)], p=policy.jitter), v2.RandomGrayscale(policy.gray)]
+    if policy.blur:
+        steps += [v2.RandomApply([v2.GaussianBlur(2 * reach + 1, policy.blur_sigma)], p=policy.blur), v2.RandomSolarize(128, p=policy.solarize)]
+    return v2.Compose([*steps, *([v2.ToImage()] if pil else []), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)])
+
+
+def views(side, name):
+    """Images a second over 10,240 CIFAR-10 images at 32 px, after a warm-up."""
+    import torch
+
+    from pid_ssl.views import POLICIES, ViewMaker
+
+    x = images(count=10_240).images["train"]
+    torch.set_num_threads(THREADS)
+    if side == "pid_ssl":
+        make = ViewMaker(name, [0.5] * 3, [0.25] * 3)
+        batches = lambda: (make(b) for b in x.split(BATCH))
+    else:
+        from torch.utils.data import DataLoader
+
+        pil = side == "torchvision, PIL"
+        loader = DataLoader(Pictures(x, torchvision_recipe(POLICIES[name], 32, pil), pil), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True)
+        batches = lambda: loader
+    for _ in batches():
+        pass
+    start = time.perf_counter()
+    for _ in batches():
+        pass
+    return dict(images_per_s=len(x) / (time.perf_counter() - start))
+
+
+# training steps
+
+NETS = {"ResNet-18": dict(encoder="resnet18", image_size=32, projector_hidden=2048, projector_dim=512, lambda_param=0.02),
+        "CPU net": dict(preset="cpu", image_size=16)}
+
+
+def config(net, **other):
+    from pid_ssl.config import Config, resolve
+
+    return resolve(Config(loss="barlow", dataset="cifar10", preset=NETS[net].get("preset", "gpu"), batch_size=BATCH, policy="byol", optimizer="sgd", lr=0.01,
+                          **{k: v for k, v in NETS[net].items() if k != "preset"} | dict(train_size=10_240) | other))
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.perf_counter()
+
+    def __call__(self, stage):
+        now = time.perf_counter()
+        self.seconds.setdefault(stage, []).append(now - self.last)
+        self.last = now
+
+
+def ours(net, steps, amp="off", **other):
+    """The package's own loop, timed as a whole; then the same step taken apart."""
+    import torch
+
+    from pid_ssl.trainers_base import Pretraining
+
+    torch.set_num_threads(THREADS)
+    c = config(net, amp=amp, **other)
+    state = Pretraining(c, images(c.image_size, c.train_size), "cpu")
+    state.steps = steps
+    state.epoch()  # warm-up
+    state.history.append({})
+    start = time.perf_counter()
+    state.epoch()
+    whole = (time.perf_counter() - start) / steps
+    layout, rows = dict(memory_format=torch.channels_last), torch.arange(BATCH if "batch_size" not in other else other["batch_size"])
+    clock = Clock()
+    for _ in range(max(2, steps // 2)):
+        clock.last = time.perf_counter()
+        batch = state.images[rows]
+        v = torch.cat([state.views(batch), state.views(batch)])
+        clock("views")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=state.amp):
+            z1, z2 = state.embed(v.contiguous(**layout)).chunk(2)
+        clock("forward")
+        loss = state.loss(z1, z2)
+        clock("loss")
+        state.optimizer.zero_grad()
+        loss.backward()
+        clock("backward")
+        state.optimizer.step()
+        clock("optimiser")
+    return dict(s_per_step=whole, stages={k: median(v) for k, v in clock.seconds.items()})
+
+
+def lightly_recipe(net, steps, workers=WORKERS, threads=THREADS):
+    """lightly's documented Barlow Twins: its transform for CIFAR-10, a DataLoader, each view through the model, its loss, SGD."""
+    import torch
+    from lightly.loss import BarlowTwinsLoss
+    from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
+
+    from pid_ssl.trainers_base import build_embed
+
+    torch.set_num_threads(threads)
+    c = config(net)
+    data = images(c.image_size, c.train_size)
+    transform = BYOLTransform(view_1_transform=BYOLView1Transform(input_size=c.image_size, gaussian_blur=0.0), view_2_transform=BYOLView2Transform(input_size=c.image_size, gaussian_blur=0.0))
+    loader = torch.utils.data.DataLoader(Pictures(data.images["train"], transform), BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
+    model, criterion = build_embed(c, data), BarlowTwinsLoss(lambda_param=c.lambda_param)
+    optimizer = torch.optim.SGD(model.parameters(), lr=c.lr, momentum=0.9, weight_decay=c.weight_decay)
+
+    def batches():
+        while True:
+            yield from loader
+
+    source, clock = batches(), Clock()
+    for step in range(2 * steps):
+        if step == steps:  # the first half is warm-up
+            start, clock = time.perf_counter(), Clock()
+        (x0, x1), _ = next(source)
+        clock("views")
+        z0, z1 = model(x0), model(x1)
+        clock("forward")
+        loss = criterion(z0, z1)
+        clock("loss")
+        loss.backward()
+        clock("backward")
+        optimizer.step()
+        optimizer.zero_grad()
+        clock("optimiser")
+    whole = (time.perf_counter() - start) / steps
+    return dict(s_per_step=whole, stages={k: median(v) for k, v in clock.seconds.items()})
+
+
+# evaluation
+
+
+def evaluation():
+    """Linear probe and both kNNs on features of all 60,000 images, 512 of each, by an encoder trained for two epochs; and scikit-learn's logistic regression alone on the same."""
+    import numpy as np
+    import torch
+    from sklearn.linear_model import LogisticRegression
+
+    from pid_ssl.data import ViewMaker
+    from pid_ssl.evaluate import extract_features, knn_accuracy, linear_probe
+    from pid_ssl.trainers_base import Pretraining
+
+    torch.set_num_threads(THREADS)
+    c = config("CPU net", width=128, epochs=2, optimizer="adamw", lr=2e-3, policy="cifar")
+    state, data = Pretraining(c, images(16, c.train_size), "cpu"), images(16)
+    for _ in range(c.epochs):
+        state.history.append(state.epoch())
+    views_ = ViewMaker("none", data.mean, data.std)
+    features = {s: extract_features(state.embed[0], x, views_) for s, x in data.images.items()}
+    out = dict(features={s: list(f.shape) for s, f in features.items()}, seconds={})
+    start = time.perf_counter()
+    found = linear_probe(features, data.labels)
+    out["seconds"]["linear probe"] = time.perf_counter() - start
+    for k, metric in ((5, "euclidean"), (200, "cosine")):
+        start = time.perf_counter()
+        out[f"knn{k}_{metric}"] = knn_accuracy(features["train"], data.labels["train"], features["test"], data.labels["test"], k, metric)
+        out["seconds"][f"{k}-NN {metric}"] = time.perf_counter() - start
+    out["linear"] = found
+    # the same strength, each fit on its own in float64 until it converges
+    mean, std = (getattr(features["train"].double(), f)(0).numpy() for f in ("mean", "std"))
+    x = {s: (f.double().numpy() - mean) / std for s, f in features.items()}
+    start = time.perf_counter()
+    model = LogisticRegression(C=found["C"] * 1e4 / len(x["train"]), max_iter=5000, tol=1e-6).fit(x["train"], data.labels["train"].numpy())
+    out["scikit_learn"] = dict(accuracy=100 * model.score(x["test"], data.labels["test"].numpy()), iterations=int(np.max(model.n_iter_)), seconds=time.perf_counter() - start)
+    return out
+
+
+# turns
+
+
+def child(call):
+    """Run `call` in a process of its own; its result with peak memory of it and of its largest worker."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    code = f"import json, resource, speed_harness as h\nout = h.{call}\nkb = [resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\nprint(json.dumps({{**out, 'peak_mb': round(kb[0]/1024), 'worker_peak_mb': round(kb[1]/1024)}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def turns(calls, rounds):
+    """{side: call} -> {side: results by round}; every round runs all sides."""
+    out = {side: [] for side in calls}
+    for i in range(rounds):
+        for side in list(calls) if i % 2 == 0 else list(calls)[::-1]:
+            out[side].append(child(calls[side]))
+            print(side, json.dumps(out[side][-1]), flush=True)
+    return out
+
+
+def view():
+    return {name: turns({side: f"views({side!r}, {name!r})" for side in ("pid_ssl", "torchvision, PIL", "torchvision, tensor")}, 3) for name in ("cifar", "byol")}
+
+
+def train():
+    out = {}
+    for net, steps, rounds in (("CPU net", 20, 5), ("ResNet-18", 2, 3)):
+        sides = {"pid_ssl, float32": f"ours({net!r}, {steps})", "lightly, 2 workers": f"lightly_recipe({net!r}, {steps})", "pid_ssl, bfloat16": f"ours({net!r}, {steps}, 'on')"}
+        if net == "CPU net":  # where views take a large share
+            sides["lightly, 1 worker"] = f"lightly_recipe({net!r}, {steps}, 1)"
+            sides["lightly, 1 worker, 1 thread"] = f"lightly_recipe({net!r}, {steps}, 1, 1)"  # threads that do not share a core with a worker
+        out[net] = turns(sides, rounds)
+    return out
+
+
+def growth():
+    """Seconds a step of the CPU net by one setting at a time."""
+    settings = dict(batch_size=(64, 128, 256, 512, 1024), image_size=(16, 32, 64), projector_dim=(64, 128, 512, 2048))
+    return {k: [dict(value=v, **child(f"ours('CPU net', 5, **{{{k!r}: {v}}})")) for v in values] for k, values in settings.items()}
+
+
+def provenance():
+    import platform
+    from importlib.metadata import version
+
+    from pid_ssl.config import source_hash
+    from pid_ssl.data import load_dataset
+    from pid_ssl.runs import device_name, git_state
+
+    return dict(device=device_name("cpu"), cores=THREADS, threads=THREADS, workers=WORKERS, batch_size=BATCH, load_before=os.getloadavg()[0], data=load_dataset("cifar10").note, python=platform.python_version(),
+                versions={p: version(p) for p in ("torch", "torchvision", "lightly", "scikit-learn", "pillow")}, source_hash=source_hash(), **git_state(ROOT))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    for part in sys.argv[1:] or ("view", "train", "growth", "eval"):
+        about = provenance()
+        result = evaluation() if part == "eval" else globals()[part]()
+        (ROOT / f"data/benchmarks/{part}_speed.json").write_text(json.dumps({"provenance": about, "rows": result}, indent=1) + "\n")
