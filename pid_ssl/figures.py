@@ -7,8 +7,9 @@ __all__ = ['NAMES', 'WIDTH', 'ATOMS', 'plotting', 'colour', 'frame', 'default_id
            'run_table', 'plot_atoms', 'plot_accuracy', 'results_table', 'caption', 'markdown_table', 'Gallery',
            'fill_markers']
 
-# %% ../nbs/08_figures.ipynb #9c9fa37f
+# %% ../nbs/08_figures.ipynb #667b7901
 import hashlib, inspect, io, json, os, re
+from collections.abc import Callable
 from pathlib import Path
 import numpy as np
 from .config import Config, digest, from_dict, identity, parameter_table, project_root, resolve
@@ -207,6 +208,7 @@ class Gallery:
             records: list, # of `RunRecord`; nothing is drawn when empty
             make,          # function of the records: returns a matplotlib Figure or a pandas DataFrame
             note: str = '',# goes before the caption
+            describe: Callable = caption, # records -> the caption
            ) -> list:      # paths of the files
         "Draw a figure (PNG, PDF) or write a table (CSV, Markdown, LaTeX) unless it is up to date."
         if not records: return []
@@ -218,7 +220,7 @@ class Gallery:
         old = self.manifest.get(name, {})
         if old.get('input_hash') == inputs and old.get('output_hashes') and all(self._hash(f) == h for f, h in old['output_hashes'].items()):
             return [self.folder/f for f in old['output_hashes']]
-        text = ' '.join(filter(None, (note, caption(records))))
+        text = ' '.join(filter(None, (note, describe(records))))
         files = self._write(name, make(records), text, inputs)
         self.manifest[name] = dict(notebook=self.notebook, caption=text, runs=sorted(r.run_id for r in records), input_hash=inputs, output_hashes={f: self._hash(f) for f in files})
         self.rebuilt.append(name)

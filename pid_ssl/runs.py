@@ -9,6 +9,7 @@ __all__ = ['STATUSES', 'home_folder', 'runs_folder', 'checkpoint_folder', 'run_i
 
 # %% ../nbs/06_runs.ipynb #bb24b34a
 import atexit, contextlib, dataclasses, functools, importlib.metadata, json, math, os, platform, re, shutil, subprocess, sys, tempfile, time, warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -89,8 +90,9 @@ def _checksum(value):
     try: return digest({**value, 'provenance': {k: v for k, v in value['provenance'].items() if k != 'checksum'}})
     except (ValueError, RecursionError): return ''  # no content that a record can have
 
-def load_record(path: str | Path, # a JSON file
-               ) -> RunRecord:    # checked
+def load_record(path: str | Path,            # a JSON file
+                parse: Callable = from_dict, # checks the config; another experiment has its own
+               ) -> RunRecord:               # checked
     "Read a run record; raises `RecordError` naming the file and what is wrong with it."
     path = Path(path)
     try: raw = json.loads(path.read_text(), parse_constant=_no_constant)
@@ -107,7 +109,7 @@ def load_record(path: str | Path, # a JSON file
     if bad: raise RecordError(f"{path}: metrics[{bad[0]!r}] is {raw['metrics'][bad[0]]!r}; accepted: a finite number")
     bad = [i for i, row in enumerate(raw['history']) if not isinstance(row, dict)]
     if bad: raise RecordError(f"{path}: history[{bad[0]}] is {type(raw['history'][bad[0]]).__name__}; accepted: a mapping of names to numbers")
-    try: from_dict(raw['config'])
+    try: parse(raw['config'])
     except ConfigError as e: raise RecordError(f"{path}: config: {e}") from None
     return RunRecord(**raw)
 
