@@ -307,18 +307,27 @@ def killed_at_random(folder):
 
 
 def long_run(folder):
-    """5,000 steps and 125 checkpoints: does memory or the number of open files grow after the first fifth?"""
+    """Twice 5,000 steps, in 125 epochs and in 16: does memory or the number of open files grow with the steps after the first fifth? With the epochs memory must grow a little: the history is kept, and goes into every checkpoint."""
     import numpy as np
 
-    run = Run(folder / "long", epochs=125, train_size=0)
-    status, text = run.start("watch", str(folder / "watch.json"), limit=None)
-    assert status == 0, text
-    step, memory, files = np.array(json.loads((folder / "watch.json").read_text()), float).T
-    rest = step > step[-1] / 5
-    out = dict(steps=int(step[-1]), checkpoints=len(step), resident_bytes=int(memory[-1]), open_files=int(files[-1]), resident_range_bytes=int(np.ptp(memory[rest])))
-    for name, y in (("resident_bytes_per_step", memory), ("open_files_per_step", files)):
-        fit, cov = np.polyfit(step[rest], y[rest], 1, cov=True)
-        out[name], out[f"{name}_standard_error"] = round(fit[0], 4), round(float(np.sqrt(cov[0, 0])), 4)
+    rows, out = [], dict(steps=[], epochs=[], resident_bytes=[], open_files=[])
+    for i, (epochs, batch_size) in enumerate(((125, 32), (16, 4))):
+        run = Run(folder / f"long-{epochs}", epochs=epochs, train_size=0, batch_size=batch_size)
+        status, text = run.start("watch", str(folder / "watch.json"), limit=None)
+        assert status == 0, text
+        watched = json.loads((folder / "watch.json").read_text())
+        steps, memory, files = watched[-1]
+        for k, v in dict(steps=steps, epochs=epochs, resident_bytes=memory, open_files=files).items():
+            out[k].append(v)
+        rows += [(i == 0, i == 1, step, epoch, memory, files) for epoch, (step, memory, files) in enumerate(watched, 1) if step > steps / 5]
+    x, y = np.array(rows, float)[:, :4], np.array(rows, float)[:, 4:]
+    scale = np.abs(x).max(0)
+    inverse = np.linalg.inv((x / scale).T @ (x / scale))
+    beta = inverse @ (x / scale).T @ y
+    error = np.sqrt(np.diag(inverse)[:, None] * ((y - x / scale @ beta) ** 2).sum(0) / (len(x) - 4))
+    for j, name in enumerate(("resident_bytes", "open_files")):
+        for i, per in ((2, "step"), (3, "epoch")):
+            out[f"{name}_per_{per}"], out[f"{name}_per_{per}_standard_error"] = (round(float(v[i, j] / scale[i]), 4) for v in (beta, error))
     return out
 
 
