@@ -49,7 +49,7 @@ class ControlledConfig:
     warmup: float = _f(0.1, 'share of the steps spent warming up', lo=0., hi=0.9)
     temperature: float = _f(0.1, 'of the contrastive scores', lo=1e-3, hi=100., losses=CONTRASTIVE)
     beta: float = _f(-0.5, 'weight of redundancy minus synergy in L_beta', lo=-10., hi=10., losses=PID_ARMS)
-    pairing_weight: float = _f(1., 'weight of the pairing synergy', lo=0., hi=100., losses=('pid_pairing',))
+    pairing_weight: float = _f(0.2, 'weight of the pairing synergy', lo=0., hi=100., losses=('pid_pairing',))
     decorrelation: float = _f(0.1, 'weight of feature redundancy', lo=0., hi=1e4, losses=('pid_coordinate', 'pid_gaussian'))
     lambda_param: float = _f(0.05, 'weight of Barlow Twins\' off-diagonal term', lo=0., hi=1e4, losses=('barlow',))
     home: str = _f(None, 'folder that gets data/controlled; default the project root', changes_result=False)

@@ -33,7 +33,7 @@ def build_optimizer(config: Config,        # resolved
 class OptimizerPair:
     "Two optimisers for different parameters, to the outside one."
     def __init__(self,
-                 *parts, # torch optimisers
+                 *parts: torch.optim.Optimizer, # for different parameters
                 ):
         self.parts = parts
 
