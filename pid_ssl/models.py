@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'SmallResNet', 'build_encoder', 'build_projector', 'EMATeacher', 'StorageError', 'writing',
-           'CheckpointError', 'save_checkpoint', 'remove_checkpoint', 'repair_checkpoints', 'load_checkpoint']
+           'CheckpointError', 'save_checkpoint', 'remove_checkpoint', 'repair_checkpoints', 'load_checkpoint',
+           'load_encoder']
 
 # %% ../nbs/03_models.ipynb #3f8869b9
 import contextlib, copy, errno, hashlib, json, os, re, shutil
@@ -210,3 +211,19 @@ def load_checkpoint(folder: str | Path,  # as `save_checkpoint` wrote it
     return tensors, header
 
 def _no_constant(name): raise ValueError(f'{name} is not JSON')
+
+# %% ../nbs/03_models.ipynb #342ee1f1
+def load_encoder(folder: str | Path, # checkpoint of a run, such as `data/checkpoints/<run_id>/final`
+                ) -> tuple:          # encoder in evaluation mode, the run's config as a dict
+    "The encoder of a checkpoint; raises `CheckpointError` naming the file when it is damaged or of another model."
+    tensors, header = load_checkpoint(folder)
+    at, config, weights = Path(folder)/'header.json', header.get('config'), tensors.get('encoder')
+    wanted = {'encoder': str, 'image_size': int, 'width': int}
+    if not isinstance(config, dict) or any(type(config.get(k)) is not t for k, t in wanted.items()) or not weights:
+        raise CheckpointError(f"{at}: no encoder, or no config with {', '.join(wanted)}; accepted: the checkpoint of a run of this package")
+    stem = 'stem.0.weight' if config['encoder'] == 'small' else 'conv1.weight'
+    try:
+        encoder = build_encoder(config['encoder'], config['image_size'], weights[stem].shape[1], config['width'])
+        encoder.load_state_dict(weights)
+    except (ConfigError, KeyError, IndexError, RuntimeError) as e: raise CheckpointError(f"{at}: encoder.safetensors does not fit {config['encoder']!r} of that config ({str(e).splitlines()[0]})") from None
+    return encoder.eval(), config
