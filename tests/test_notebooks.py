@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from pid_ssl.config import Config
+from pid_ssl.controlled_benchmark import ControlledConfig
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(p.stem for p in (ROOT / "pid_ssl").glob("[a-z]*.py"))
@@ -32,15 +33,20 @@ def test_small_and_readable(path):
             assert all(a.name != "*" for a in node.names), "no wildcard imports"
 
 
-def test_parameters_cell_is_the_config():
-    nb = json.loads((ROOT / "nbs/run_experiment.ipynb").read_text())
+ENTRIES = {"run_experiment": Config, "run_controlled": ControlledConfig}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_parameters_cell_is_the_config(name):
+    config = ENTRIES[name]
+    nb = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())
     (cell,) = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
     got = {}
     for line in cell["source"]:
         name, kind, value, comment = re.fullmatch(r"(\w+): (\w+) = (.+?)  # (.+)\n?", line).groups()
         got[name] = kind, ast.literal_eval(value)
-        assert comment.startswith(Config.__dataclass_fields__[name].metadata["help"])
-    want = {f.name: (f.type if isinstance(f.type, str) else f.type.__name__, f.default) for f in dataclasses.fields(Config)}
+        assert comment.startswith(config.__dataclass_fields__[name].metadata["help"])
+    want = {f.name: (f.type if isinstance(f.type, str) else f.type.__name__, f.default) for f in dataclasses.fields(config)}
     assert got == want and list(got) == list(want)
 
 
@@ -78,8 +84,9 @@ def test_public_names_are_documented(thing):
             assert re.search(rf"\b{p.name}\b[^#\n]*#\s*\S", source), f"{f.__qualname__}: comment beside {p.name}"
 
 
-def test_help_notebook_lists_every_parameter():
-    out = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", "nbs/run_experiment.ipynb"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("name", ENTRIES)
+def test_help_notebook_lists_every_parameter(name):
+    out = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", f"nbs/{name}.ipynb"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     text = out.stdout + out.stderr
-    missing = [f.name for f in dataclasses.fields(Config) if not re.search(rf"^\s*{f.name}: ", text, re.M)]
+    missing = [f.name for f in dataclasses.fields(ENTRIES[name]) if not re.search(rf"^\s*{f.name}: ", text, re.M)]
     assert not missing and "Unknown" not in text
