@@ -238,7 +238,9 @@ def unread(config: Config, # before or after `resolve`
           ) -> list:       # names of fields set by the user that the loss ignores
     "Fields that differ from their default and that the chosen loss does not read: worth a warning."
     blind = {'shrinkage'} if config.loss == 'pid' and config.estimator == 'infonce' else set()  # critics have no correlations to shrink
-    return [f.name for f in dataclasses.fields(config) if (f.name in blind or not reads(config, f.name)) and getattr(config, f.name) != f.default]
+    # the config of a record names its preset and holds what that filled in
+    filled = {**PRESETS.get(config.preset, {}), **LOSS_PRESETS.get((config.preset, config.loss), {})}
+    return [f.name for f in dataclasses.fields(config) if (f.name in blind or not reads(config, f.name)) and getattr(config, f.name) not in (f.default, filled.get(f.name))]
 
 # %% ../nbs/00_config.ipynb #07172f74
 def parameter_table() -> str: # Markdown
