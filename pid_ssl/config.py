@@ -70,7 +70,7 @@ class Config:
     "Everything a run can be told. `None` leaves a field to the preset; see `resolve`."
     # what is run
     loss: str = _f('pid', 'objective', choices=LOSS_NAMES)
-    dataset: str = _f('digits', 'digits, cifar10, or the name of a folder with train.parquet and test.parquet', pattern=r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}')
+    dataset: str = _f('digits', 'digits, cifar10, cifar100, stl10, tiny_imagenet, imagenette, svhn, gtsrb, or the name of a Parquet or image folder', pattern=r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}')
     preset: str = _f('auto', 'sizes and lengths that fit a machine; auto: digits for digits, else gpu with CUDA and cpu without', choices=('auto', 'digits', 'cpu', 'gpu'))
     epochs: int = _f(None, 'passes over the training images', lo=1, hi=100_000)
     seed: int = _f(0, 'seed of weights, order and views', lo=0, hi=2**31 - 1)
@@ -119,8 +119,9 @@ class Config:
     # machine: none of these changes the result
     device: str = _f('auto', 'auto takes CUDA when there is one', choices=('auto', 'cpu', 'cuda', 'mps'), changes_result=False)
     threads: int = _f(None, 'CPU threads; default $OMP_NUM_THREADS, else all cores but one, up to 8', lo=1, hi=1024, changes_result=False)
-    data_dir: str = _f(None, 'folder of Parquet datasets; default $PID_SSL_DATA, then data/datasets', changes_result=False)
-    home: str = _f(None, 'folder that gets data/runs and data/checkpoints; default the project root', changes_result=False)
+    data_dir: str = _f(None, 'folder of datasets; default $PID_SSL_DATA, then data/datasets', changes_result=False)
+    data_memory: int = _f(None, 'MB of decoded images kept in memory, else they are mapped from files in data/cache; default half of the free memory; 0 maps all', lo=0, hi=1 << 24, changes_result=False)
+    home: str = _f(None, 'folder that gets data/runs, data/checkpoints and data/cache; default the project root', changes_result=False)
     compiled: bool = _f(False, 'compile the network with torch.compile; falls back with a warning', changes_result=False)
     images_on: str = _f('auto', 'where the training images lie: on the device, or on the host with a batch made ahead; auto: host when they need more than half of a GPU\'s free memory', choices=('auto', 'device', 'host'), changes_result=False)
     deterministic: bool = _f(False, 'deterministic algorithms on a GPU: exact on one device and version, slower; a CPU run is exact without it', changes_result=False)
@@ -191,7 +192,7 @@ PRESETS = {
 # Whitening needs sub-batches of at least twice the dimension (Ermolov et al. 2021 use d = 64 on CIFAR)
 LOSS_PRESETS = {(preset, loss): dict(projector_dim=dim, **more) for preset, dim in (('digits', 32), ('cpu', 64), ('gpu', 64))
                 for loss, more in (('wmse', {}), ('pid_wmse', dict(w_t=1.)))}
-POLICIES_BY_DATASET = {'digits': 'digits'}  # everything else: cifar
+POLICIES_BY_DATASET = {'digits': 'digits', 'svhn': 'digits', 'gtsrb': 'digits'}  # a mirrored digit or sign is another one; everything else: cifar
 
 def resolve(config: Config,            # validated, fields may be None
             device_class: str = 'cpu', # 'cpu', 'cuda' or 'mps': what the run will use

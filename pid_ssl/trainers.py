@@ -14,8 +14,8 @@ from tqdm import tqdm
 from .config import Config, ConfigError, accepted, from_dict, identity, resolve, unread
 from .data import DataError, ViewMaker, load_dataset
 from .evaluate import calibrate_batchnorm, evaluate_encoder, pid_audit, raw_pixels
-from .models import CheckpointError, StorageError, load_checkpoint, remove_checkpoint, save_checkpoint
-from .runs import RecordError, RunLocked, RunRecord, checkpoint_folder, find_record, lock_run, other_data, peak_memory, provenance, run_id, runs_folder
+from .models import CheckpointError, StorageError, load_checkpoint, remove_checkpoint, save_checkpoint, writing
+from .runs import RecordError, RunLocked, RunRecord, checkpoint_folder, find_record, home_folder, lock_run, other_data, peak_memory, provenance, run_id, runs_folder
 from .trainers_ddp import ProcessLost, check_processes, join_processes, leave_when_stuck
 from .trainers_base import NonFiniteLoss, Pretraining, build_embed, default_threads, device_class, learning_rate, synergy_strength
 
@@ -170,9 +170,10 @@ def _algorithms(deterministic):
     finally: torch.use_deterministic_algorithms(before[0], warn_only=before[1]); torch.backends.cudnn.benchmark = before[2]
 
 def _pretrain(config, device):
-    dataset = load_dataset(config.dataset, config.image_size, config.train_size, config.data_dir, config.download)
-    if config.batch_size > len(dataset.images['train']):
-        raise ConfigError('batch_size', config.batch_size, f"at most {len(dataset.images['train'])}, the training images of {config.dataset}")
+    cache = home_folder(config)/'data'/'cache'
+    with writing(cache): dataset = load_dataset(config.dataset, config.image_size, config.train_size, config.data_dir, config.download, config.data_memory, cache)
+    if config.batch_size > len(dataset.pretraining):
+        raise ConfigError('batch_size', config.batch_size, f"at most {len(dataset.pretraining)}, the training images of {config.dataset}")
     rid = run_id(config, dataset.content_hash, device)
     about = provenance(config, dataset.content_hash, device)
     record = None
@@ -255,7 +256,9 @@ def _run(config, dataset, device, rid, about, stop, group):
         trained = time.perf_counter() - start
         metrics = evaluate_encoder(state.embed[0], dataset, state.views, config.eval_on)
         control = calibrate_batchnorm(build_embed(config, dataset).to(device, memory_format=torch.channels_last), dataset.images['train'], state.views)[0]
-        metrics |= evaluate_encoder(control, dataset, state.views, config.eval_on, 'control_') | raw_pixels(dataset, config.eval_on)
+        raw = raw_pixels(dataset, config.eval_on)
+        metrics |= evaluate_encoder(control, dataset, state.views, config.eval_on, 'control_') | raw
+        if not raw: about |= dict(raw_pixels='not measured: too many values')
         final_views = ViewMaker(config.policy, dataset.mean, dataset.std, AUDIT_SEED, device)
         metrics |= {f'{config.eval_on}_{k}': v for k, v in pid_audit(state.embed, dataset.images[config.eval_on], final_views).items()}
         _require_finite(config, 'final evaluation', metrics)

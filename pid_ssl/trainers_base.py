@@ -76,7 +76,7 @@ class Pretraining:
                  group: Processes = Processes(), # that share each batch
                 ):
         self.config, self.device, self.group = config, device, group
-        self.batch_source = Batches(dataset.images['train'], device, config.images_on)
+        self.batch_source = Batches(dataset.pretraining, device, config.images_on)
         self.images = self.batch_source.images
         self.embed = group.prepare(build_embed(config, dataset), device).to(device, memory_format=torch.channels_last)
         self.loss = group.prepare(build_loss(config)).to(device)

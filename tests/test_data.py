@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from pid_ssl import data
+from pid_ssl import data_sources
 from pid_ssl.data import DataError, ViewMaker, load_dataset
 
 
@@ -20,7 +20,7 @@ def torchvision_cifar(monkeypatch, tmp_path):
             self.data, self.targets = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), [i % 10 for i in range(n)]
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
-    monkeypatch.setattr(data, "data_folders", lambda data_dir=None: [tmp_path])
+    monkeypatch.setattr(data_sources, "data_folders", lambda data_dir=None: [tmp_path])
     return Fake
 
 
