@@ -34,12 +34,12 @@ def feature_maps(encoder: nn.Module, # `SmallResNet` or a torchvision ResNet
 
 # %% ../nbs/05_evaluate_dense.ipynb #fb97a7eb
 def normaliser(data: Dataset,                    # images of the task
+               encoder: nn.Module,               # images are normalised where it is
                mean: torch.Tensor | None = None, # (c,) in 0..1; default of the training images
                std: torch.Tensor | None = None,  # (c,) in 0..1; default of the training images
-               device: str = 'cpu',              # where images are normalised
               ) -> ViewMaker:                    # whose `clean` normalises
     "Normalisation of the images of a dense task."
-    return ViewMaker('none', data.mean if mean is None else mean, data.std if std is None else std, 0, device)
+    return ViewMaker('none', data.mean if mean is None else mean, data.std if std is None else std, 0, next(encoder.parameters()).device)
 
 def untrained_control(encoder: nn.Module, # with its initial weights
                       data: Dataset,      # images of the task
@@ -47,7 +47,7 @@ def untrained_control(encoder: nn.Module, # with its initial weights
                      ) -> nn.Module:      # a copy, in evaluation mode
     "An untrained encoder with batch-norm statistics of the dense training images."
     every = max(1, len(data.images['train'])//images)
-    return calibrate_batchnorm(copy.deepcopy(encoder), data.images['train'][::every], normaliser(data), 20).eval()
+    return calibrate_batchnorm(copy.deepcopy(encoder), data.images['train'][::every], normaliser(data, encoder), 20).eval()
 
 # %% ../nbs/05_evaluate_dense.ipynb #9257ef04
 MODES = ('frozen', 'finetuned')

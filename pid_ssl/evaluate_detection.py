@@ -15,6 +15,7 @@ from torch import nn
 from .config import ConfigError
 from .data_dense import DetectionData
 from .evaluate_dense import check_settings, feature_maps, fit, normaliser, paired_bootstrap
+from .views import ViewMaker
 
 # %% ../nbs/05_evaluate_detection.ipynb #c0257ed8
 def _index(coco, boxes, labels, images, scores=None):
@@ -50,7 +51,7 @@ def coco_evaluation(predictions: dict, # boxes (m, 4), scores, labels and image 
         ev.evaluate()
     return ev
 
-def average_precision(evaluation,                      # from `coco_evaluation`
+def average_precision(evaluation: object,              # from `coco_evaluation`
                       rows: np.ndarray | None = None,  # images that count, repeats allowed; default all
                      ) -> np.ndarray:                  # (10, classes) percent; NaN for a class without true boxes
     "AP at the overlaps 0.50, 0.55, ... 0.95."
@@ -86,13 +87,13 @@ class Pyramid(nn.Module):
 
 def build_detector(encoder: nn.Module,   # used as it is, not copied
                    data: DetectionData,  # for classes and image size
-                   views,                # of `normaliser`: mean and deviation
+                   views: ViewMaker,     # of `normaliser`: mean and deviation
                   ) -> nn.Module:        # torchvision's FCOS
     "FCOS on the maps of an encoder; a level's box sizes follow from its stride."
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.fcos import FCOS, FCOSHead
     size = data.images['train'].shape[-2:]
-    with torch.no_grad(): maps = feature_maps(copy.deepcopy(encoder).eval(), views.clean(data.images['train'][:1]))
+    with torch.no_grad(): maps = feature_maps(copy.deepcopy(encoder).eval(), views.clean(data.images['train'][:1].to(views.mean.device)))
     body = Pyramid(encoder, [m.shape[1] for m in maps])
     strides = [round(size[0]/m.shape[2]) for m in maps]
     sizes = [*strides, 2*strides[-1]]
@@ -107,7 +108,8 @@ _BATCH = 8
 @torch.no_grad()
 def _detect(detector, images):
     detector.eval()
-    found = [d for b in images.split(_BATCH) for d in detector(list(b.float()/255))]
+    device = next(detector.parameters()).device
+    found = [{k: v.cpu() for k, v in d.items()} for b in images.split(_BATCH) for d in detector(list(b.to(device).float()/255))]
     out = {k: torch.cat([d[k] for d in found]) for k in ('boxes', 'scores', 'labels')}
     return out | {'image': torch.cat([torch.full((len(d['scores']),), i) for i, d in enumerate(found)])}
 
@@ -117,7 +119,7 @@ def _flipped(image, boxes, horizontal, vertical):
     if vertical: image, b[:, 1::2] = image.flip(-2), h - b[:, [3, 1]]
     return image, b
 
-def detection(encoder: nn.Module,               # not changed
+def detection(encoder: nn.Module,               # not changed; the work is done where it is
               data: DetectionData,              # train, val and test
               mode: str = 'finetuned',          # or 'frozen'
               epochs: int | None = None,        # default `DEFAULTS`
@@ -131,17 +133,17 @@ def detection(encoder: nn.Module,               # not changed
     "Train a detector on an encoder's maps and measure it; raises `ConfigError` naming the setting."
     epochs, lr = (DEFAULTS[k] if v is None else v for k, v in (('epochs', epochs), ('lr', lr)))
     check_settings(mode, eval_on, epochs, lr)
-    encoder, generator = copy.deepcopy(encoder), torch.Generator().manual_seed(seed)
+    encoder, views, generator = copy.deepcopy(encoder), normaliser(data, encoder, mean, std), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        detector = build_detector(encoder, data, normaliser(data, mean, std)).to(memory_format=torch.channels_last)  # a fifth faster on a CPU
-    images, boxes, labels = data.images['train'], data.boxes['train'], data.labels['train']
+        detector = build_detector(encoder, data, views).to(views.mean.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
+    images, boxes, labels, device = data.images['train'], data.boxes['train'], data.labels['train'], views.mean.device
     detector.train()
     if mode == 'frozen': encoder.requires_grad_(False).eval()
     def loss(rows):
         flips = torch.randint(2, (len(rows), 2), generator=generator).tolist()
         batch = [_flipped(images[i].float()/255, boxes[i], a, b and upside_down) for i, (a, b) in zip(rows.tolist(), flips)]
-        return sum(detector([x for x, _ in batch], [{'boxes': b, 'labels': labels[i]} for (_, b), i in zip(batch, rows.tolist())]).values())
+        return sum(detector([x.to(device) for x, _ in batch], [{'boxes': b.to(device), 'labels': labels[i].to(device)} for (_, b), i in zip(batch, rows.tolist())]).values())
     fit(detector, loss, len(images), epochs, lr, _BATCH, generator)
     found = _detect(detector, data.images[eval_on])
     return detection_metrics(found, data, eval_on, mode), found

@@ -63,13 +63,13 @@ _BATCH = 8  # frames a step: neighbouring pixels say the same, so many steps are
 @torch.no_grad()
 def _cached(encoder, images, views):
     encoder.eval()
-    chunks = [[m.half() for m in feature_maps(encoder, views.clean(b))] for b in images.split(_BATCH)]
+    chunks = [[m.half() for m in feature_maps(encoder, views.clean(b.to(views.mean.device)))] for b in images.split(_BATCH)]
     return [torch.cat(level) for level in zip(*chunks)]
 
 @torch.no_grad()
 def _predict(encoder, head, images, views):
     encoder.eval(); head.eval()
-    return torch.cat([head(feature_maps(encoder, views.clean(b)), b.shape[-2:]).argmax(1).byte() for b in images.split(_BATCH)])
+    return torch.cat([head(feature_maps(encoder, views.clean(b.to(views.mean.device))), b.shape[-2:]).argmax(1).byte().cpu() for b in images.split(_BATCH)])
 
 def _crops(images, masks, generator):
     (h, w), draw = images.shape[-2:], lambda n: int(torch.randint(n, (1,), generator=generator))
@@ -80,7 +80,7 @@ def _crops(images, masks, generator):
         out.append([v.flip(-1) if flip else v for v in cut])
     return [torch.stack(v) for v in zip(*out)]
 
-def segmentation(encoder: nn.Module,               # not changed
+def segmentation(encoder: nn.Module,               # not changed; the work is done where it is
                  data: SegmentationData,           # train, val and test
                  mode: str = 'frozen',             # or 'finetuned'
                  epochs: int | None = None,        # default `DEFAULTS`
@@ -93,13 +93,13 @@ def segmentation(encoder: nn.Module,               # not changed
     "Train a head on an encoder's maps and measure it; raises `ConfigError` naming the setting."
     epochs, lr = (DEFAULTS.get(mode, {}).get(k) if v is None else v for k, v in (('epochs', epochs), ('lr', lr)))
     check_settings(mode, eval_on, 0 if epochs is None else epochs, 1e-3 if lr is None else lr)
-    encoder, views, size, generator = copy.deepcopy(encoder), normaliser(data, mean, std), data.images['train'].shape[-2:], torch.Generator().manual_seed(seed)
+    encoder, views, size, generator = copy.deepcopy(encoder), normaliser(data, encoder, mean, std), data.images['train'].shape[-2:], torch.Generator().manual_seed(seed)
     images, masks = data.images['train'], data.labels['train']
     channels = [m.shape[1] for m in _cached(encoder, images[:1], views)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = SegmentationHead(channels, data.classes)
-    for part in (encoder, head): part.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+    for part in (encoder, head): part.to(views.mean.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
     if mode == 'frozen':
         encoder.requires_grad_(False)
         maps = _cached(encoder, images, views)
@@ -108,7 +108,7 @@ def segmentation(encoder: nn.Module,               # not changed
     else:
         encoder.train()
         def loss(rows):
-            x, y = _crops(images[rows], masks[rows], generator)
+            x, y = (v.to(views.mean.device) for v in _crops(images[rows], masks[rows], generator))
             return _cross_entropy(head(feature_maps(encoder, views.clean(x)), y.shape[-2:]), y, data.classes)
         fit(nn.ModuleList([encoder, head]), loss, len(images), epochs, lr, _BATCH, generator)
     predicted = _predict(encoder, head, data.images[eval_on], views)
@@ -116,6 +116,7 @@ def segmentation(encoder: nn.Module,               # not changed
 
 def _cross_entropy(logits, masks, classes):
     # a batch of crops may hold no labelled pixel at all: its mean would be 0/0
+    masks = masks.to(logits.device)
     return F.cross_entropy(logits, masks.long(), ignore_index=classes, reduction='sum')/(masks < classes).sum().clamp(min=1)
 
 def segmentation_metrics(predicted: torch.Tensor, # (n, h, w) uint8
