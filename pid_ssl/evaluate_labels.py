@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['light_policy', 'label_draw', 'fit_classifier', 'finetune', 'low_label']
 
-# %% ../nbs/05_evaluate_labels.ipynb #d5cf651d
+# %% ../nbs/05_evaluate_labels.ipynb #12fbc1d2
 import copy, dataclasses
-from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -43,7 +42,8 @@ def fit_classifier(encoder: nn.Module,         # maps (n, c, h, w) to (n, f); no
                    views: ViewMaker,           # augmentation, normalisation and device
                    classes: int | None = None, # default: the largest label + 1
                    epochs: int = 20,           # passes over the images
-                   lr: float = 1e-3,           # peak learning rate of AdamW
+                   lr: float = 1e-3,           # peak learning rate of the head, AdamW
+                   encoder_lr: float | None = None, # and of the encoder; default the same
                    batch_size: int = 64,       # images a step
                    weight_decay: float = 1e-2, # of AdamW
                    seed: int = 0,              # of the order
@@ -57,7 +57,7 @@ def fit_classifier(encoder: nn.Module,         # maps (n, c, h, w) to (n, f); no
     for p in head.parameters(): nn.init.zeros_(p)
     net = nn.Sequential(copy.deepcopy(encoder), nn.BatchNorm1d(width.shape[1], affine=False), head)
     net.to(views.mean.device, memory_format=torch.channels_last).requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW([dict(params=net[0].parameters(), lr=encoder_lr or lr), dict(params=head.parameters())], lr, weight_decay=weight_decay)
     steps, g = max(1, len(images)//batch_size), torch.Generator().manual_seed(seed)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs*steps)
     for epoch in range(epochs):
@@ -77,14 +77,15 @@ def finetune(encoder: nn.Module,         # maps (n, c, h, w) to (n, f); not chan
              split: str = 'test',        # measured on
              rows: torch.Tensor | None = None, # of the training images; default all
              epochs: int = 20,           # passes over the images
-             lr: float = 1e-3,           # peak learning rate of AdamW
+             lr: float = 1e-3,           # peak learning rate of the head, AdamW
+             encoder_lr: float | None = None, # and of the encoder; default the same
              batch_size: int = 64,       # images a step
              seed: int = 0,              # of the order
             ) -> dict:                   # percent
     "Accuracy of the fine-tuned encoder on unaugmented images, after the last epoch."
     check_labels(dataset.labels, dataset.classes)
     rows = torch.arange(len(dataset.labels['train'])) if rows is None else rows
-    net = fit_classifier(encoder, dataset.images['train'][rows], dataset.labels['train'][rows], views, dataset.classes, epochs, lr, batch_size, seed=seed)
+    net = fit_classifier(encoder, dataset.images['train'][rows], dataset.labels['train'][rows], views, dataset.classes, epochs, lr, encoder_lr, batch_size, seed=seed)
     right = extract_features(net, dataset.images[split], views).argmax(1) == dataset.labels[split]
     return {f'{split}_finetune': 100*right.double().mean().item()}
 
@@ -95,8 +96,9 @@ def low_label(encoder: nn.Module,         # maps (n, c, h, w) to (n, f); not cha
               fraction: float = 0.01,     # of the training images
               draws: int = 3,             # of the images
               split: str = 'test',        # measured on
-              epochs: int = 60,           # passes over the few images
-              lr: float = 1e-3,           # peak learning rate of AdamW
+              epochs: int = 30,           # passes over the few images
+              lr: float = 3e-3,           # peak learning rate of the head, AdamW
+              encoder_lr: float | None = 3e-4, # and of the encoder; None for the same
               batch_size: int = 64,       # images a step
               seed: int = 0,              # of the order and the views; the draws do not depend on it
              ) -> dict:                   # percent
@@ -109,7 +111,7 @@ def low_label(encoder: nn.Module,         # maps (n, c, h, w) to (n, f); not cha
         few = extract_features(encoder, dataset.images['train'][rows], views)
         probe = linear_probe({'train': few, **held}, {**y, 'train': y['train'][rows]}, split)
         views.generator.manual_seed(seed*1_000_003 + k)
-        tuned = finetune(encoder, dataset, views, split, rows, epochs, lr, batch_size, seed*1_000_003 + k)
+        tuned = finetune(encoder, dataset, views, split, rows, epochs, lr, encoder_lr, batch_size, seed*1_000_003 + k)
         out[f'finetune_{100*fraction:g}pct', k], out[f'linear_{100*fraction:g}pct', k] = tuned[f'{split}_finetune'], probe['accuracy']
     mean = {f'{split}_{name}': sum(out[name, k] for k in range(draws))/draws for name, _ in out}
     return mean | {f'{split}_{name}_draw{k}': v for (name, k), v in out.items()}
