@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'PID_ARMS', 'CONTRASTIVE', 'PROBE_PAIRS', 'AUDIT_PAIRS', 'PROBE_STEPS', 'AUDIT_STEPS', 'QUESTIONS', 'POLICY',
-           'ControlledConfig', 'controlled_config', 'controlled_id', 'bound', 'Arm', 'mlp_probe', 'probes',
-           'run_controlled', 'load_controlled', 'main']
+           'ControlledConfig', 'controlled_config', 'controlled_id', 'bound', 'Arm', 'probes', 'run_controlled',
+           'load_controlled', 'main']
 
 # %% ../nbs/07_controlled_benchmark.ipynb #1f3ea67c
 import argparse, dataclasses, hashlib, json, math, sys, time, warnings
@@ -21,7 +21,7 @@ from .models import build_encoder, build_projector
 from .losses import WMSE, BarlowTwins, PIDLoss, standardise
 from .pid import pid_samples
 from .pid_critics import infonce
-from .evaluate import calibrate_batchnorm, linear_probe
+from .evaluate import calibrate_batchnorm, linear_probe, mlp_probe
 from .runs import RunRecord, home_folder, load_record, peak_memory, provenance
 from .trainers_base import NonFiniteLoss, default_threads, learning_rate
 
@@ -160,30 +160,7 @@ class Arm(nn.Module):
         loss = 2*(-i12 + c.beta*(i1 + i2 - i12)) - c.pairing_weight*synergy
         return loss, dict(i1=i1, i2=i2, i12=i12, pairing=synergy)
 
-# %% ../nbs/07_controlled_benchmark.ipynb #d0001f4f
-def mlp_probe(features: dict,    # 'train', 'val', 'test' -> (n, f)
-              labels: dict,      # the same -> (n,) integers
-              hidden: int = 128, # units
-              steps: int = 600,  # of AdamW
-              seed: int = 0,     # of weights and batches
-             ) -> float:         # percent on test
-    "Accuracy of an MLP of one hidden layer on standardised features, at the step that is best on validation."
-    mean, std = features['train'].mean(0), features['train'].std(0).clamp(min=1e-8)
-    x, best = {s: ((v - mean)/std).float() for s, v in features.items()}, (-1., 0.)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
-        net = nn.Sequential(nn.Linear(x['train'].shape[1], hidden), nn.ReLU(), nn.Linear(hidden, int(labels['train'].max()) + 1))
-        optimizer = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.1)
-        for step in range(1, steps + 1):
-            rows = torch.randint(len(x['train']), (256,))
-            optimizer.zero_grad()
-            F.cross_entropy(net(x['train'][rows]), labels['train'][rows]).backward()
-            optimizer.step()
-            if step % 50 == 0 or step == steps:
-                val, test = ((net(x[s]).argmax(1) == labels[s]).float().mean().item()*100 for s in ('val', 'test'))
-                best = max(best, (val, test), key=lambda r: r[0])
-    return best[1]
-
+# %% ../nbs/07_controlled_benchmark.ipynb #b1a9c578
 PROBE_PAIRS, AUDIT_PAIRS = {'fit': 4000, 'val': 1000, 'test': 4000}, 6000
 PROBE_STEPS, AUDIT_STEPS = 600, 400  # of the MLP probe and of the critics
 QUESTIONS = ('R', 'U1', 'U2', 'S')
