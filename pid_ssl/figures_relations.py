@@ -27,27 +27,31 @@ def plot_plane(records: list, # of one dataset; one setting a loss
               ):              # matplotlib Figure
     "Contours of R and S over (a, c), and the way of each loss through training: mean over seeds, open at the first epoch, filled at the last."
     plt, sns, _ = plotting()
-    grid = np.linspace(0.001, 0.999, 400)
-    a, c = np.meshgrid(grid, grid)
-    fig, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 3.1), sharex=True, sharey=True)
-    for ax, name, atom, levels in zip(axes, ('redundancy R', 'synergy S'), scalar_atoms(a, c), ((0.05, 0.1, 0.2, 0.4, 0.8), (0.02, 0.05, 0.1, 0.15, 0.2, 0.3))):
-        lines = ax.contour(a, c, np.where(c >= a*a, atom, np.nan), levels, colors='0.6', linewidths=0.7)
-        at = [(float(v.vertices[i, 0]), float(v.vertices[i, 1])) for v in lines.get_paths() for i in [np.argmin(abs(v.vertices[:, 1] - (0.93 if name[0] == 'r' else 0.86)))]]
-        ax.clabel(lines, fontsize=6, fmt='%g', manual=at)
-        ax.plot(grid, grid**2, color='k', lw=1)
-        ax.fill_between(grid, grid**2, color='0.93', lw=0)
-        for loss in NAMES:
-            runs = [[[row[f'val_pid_coordinate_{k}'] for row in r.history] for k in 'ac'] for r in records if r.config['loss'] == loss]
-            if not runs: continue
-            x, y = np.mean(runs, 0)
-            ax.plot(x, y, color=colour(loss), lw=1.4, label=f'{NAMES[loss]} ({len(runs)})')
-            ax.plot(x[0], y[0], 'o', ms=4, mfc='w', mec=colour(loss), mew=1)
-            ax.plot(x[-1], y[-1], 'o', ms=4.5, mfc=colour(loss), mec='w', mew=0.5)
-        ax.set(xlabel='a, view and target', xlim=(0, 1), ylim=(0, 1))
+    paths = {loss: runs for loss in NAMES if (runs := [[[row[f'val_pid_coordinate_{k}'] for row in r.history] for k in 'ac'] for r in records if r.config['loss'] == loss])}
+    seen = np.concatenate([np.mean(runs, 0) for runs in paths.values()], 1)
+    (left, bottom), (right, top) = np.clip(seen.min(1) - 0.1, 0, 1), np.clip(seen.max(1) + 0.1, 0, 1)
+    x, y = np.linspace(left, right, 300), np.linspace(bottom, top, 300)
+    a, c = np.meshgrid(x, y)
+    fig, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 3.2), sharex=True, sharey=True)
+    # where a level meets the floor: R = -ln(1 - a²)/2, S = ln(1 + a²)/2
+    panels = {'redundancy R': ((0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7), lambda v: (1 - np.exp(-2*v))**0.5), 'synergy S': ((0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25), lambda v: (np.exp(2*v) - 1)**0.5)}
+    for ax, (name, (levels, meets)), atom in zip(axes, panels.items(), scalar_atoms(a, c)):
+        ax.contour(a, c, np.where(c >= a*a, atom, np.nan), levels, colors='0.7', linewidths=0.7)
+        ax.plot(x, x**2, color='k', lw=1)
+        ax.fill_between(x, x**2, bottom, where=x**2 >= bottom, color='0.93', lw=0)
+        for v in levels:
+            m = meets(v)
+            if left < m < right - 0.06 and bottom + 0.04 < m*m < top: ax.annotate(f'{v:g}', (m, m*m), (3, -3), textcoords='offset points', va='top', fontsize=6, color='0.35')
+        for loss, runs in paths.items():
+            at = np.mean(runs, 0)
+            ax.plot(*at, ls=(0, (4, 1.5)) if loss.startswith('pid') else '-', color=colour(loss), lw=1.3, label=f'{NAMES[loss]} ({len(runs)})')
+            ax.plot(*at[:, 0], 'o', ms=4, mfc='w', mec=colour(loss), mew=1, zorder=3)
+            ax.plot(*at[:, -1], 'o', ms=4.5, mfc=colour(loss), mec='w', mew=0.5, zorder=4)
+        ax.set(xlabel='a, view and target', xlim=(left, right), ylim=(bottom, top))
         ax.annotate(f'{name} (nats)', (0.03, 0.97), xycoords='axes fraction', va='top', fontsize=8, bbox=dict(fc='w', ec='none', pad=1))
-        ax.annotate('floor c = a²', (0.6, 0.36), (0.66, 0.2), fontsize=7, color='0.2', arrowprops=dict(arrowstyle='-', lw=0.6, color='0.2'))
+        ax.annotate('floor c = a²', (0.97, 0.03), xycoords='axes fraction', ha='right', fontsize=7, color='0.2')
     axes[0].set_ylabel('c, view and view')
-    fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc='outside upper center', ncols=4, handlelength=1.5, columnspacing=1.5)
+    fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc='outside upper center', ncols=5, handlelength=1.5, columnspacing=1.2)
     return fig
 
 # %% ../nbs/08_figures_relations.ipynb #c01edccd
@@ -85,8 +89,8 @@ def spearman_interval(x: np.ndarray,      # one number a setting
     return float(rho[0]), *map(float, np.nanpercentile(rho[1:], (2.5, 97.5)))
 
 def _families(means):
-    curve = means.loss == 'pid'
-    return {'all settings': means, 'losses': means[~curve | (means.setting == 'default')], 'beta curve': means[curve]}
+    curve = (means.loss == 'pid') & means.setting.str.fullmatch(r'default|beta = [^,]+')
+    return {'all settings': means, 'losses': means[(means.loss != 'pid') | (means.setting == 'default')], 'beta curve': means[curve]}
 
 def plot_relation(records: list, # of one dataset, preset and split
                  ):              # matplotlib Figure
@@ -96,7 +100,7 @@ def plot_relation(records: list, # of one dataset, preset and split
     split = data.eval_on.iloc[0]
     fig, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 2.9), sharey=True)
     for ax, atom in zip(axes, ('redundancy', 'synergy')):
-        curve = means[means.loss == 'pid'].sort_values('beta')
+        curve = _families(means)['beta curve'].sort_values('beta')
         if len(curve) > 1:
             ax.plot(curve[atom], curve.linear_logreg, color=colour('pid'), lw=0.8, zorder=1)
             for row in (curve.iloc[0], curve.iloc[-1]):
