@@ -80,4 +80,4 @@ def recipe_caption(records: list, # of `RunRecord`
     "What the cost columns mean, and the cost of everything."
     total = sum(r.provenance['train_seconds'] for r in records)/3600
     devices, threads = (sorted({str(r.provenance[k]) for r in records if k in r.provenance}) for k in ('device_name', 'threads'))
-    return f"Training seconds of one run on {', '.join(devices)}{' with ' + ' or '.join(threads) + ' thread' if threads else ''}, evaluation and waiting for other jobs apart; {len(records)} different runs, {total:.1f} hours in all. Full scale: {FULL_EPOCHS:,} epochs over all training images, image passes of one run computed, not run."
+    return f"Training seconds of one run on {', '.join(devices)}{' with ' + ' or '.join(threads) + ' thread' if threads else ''}, wall time without evaluation, other jobs on the machine; {len(records)} different runs, {total:.1f} hours in all. Full scale: {FULL_EPOCHS:,} epochs over all training images, image passes of one run computed, not run."
