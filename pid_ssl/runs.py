@@ -216,3 +216,9 @@ def peak_memory(device_class: str, # 'cpu', 'cuda' or 'mps'
     except ImportError: return 0  # Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024
+
+# %% ../nbs/06_runs.ipynb #5a3e0c12
+def __getattr__(name):
+    if name not in ('expand', 'read_sweep', 'run_sweep', 'submit_sweep', 'SweepFailed', 'SweepStopped'): raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from pid_ssl import runs_sweep
+    return getattr(runs_sweep, name)

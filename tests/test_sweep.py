@@ -1,10 +1,14 @@
-"""A sweep on one machine through submitit: one record a run, nothing run twice, an interrupted job goes on."""
+"""Sweeps, on this machine and through submitit: one record a run, nothing run twice, what is interrupted goes on."""
+import json
 import os
+import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from fault_harness import ARGS
@@ -12,13 +16,13 @@ from fault_harness import ARGS
 from pid_ssl.config import Config, ConfigError, resolve
 from pid_ssl.data import load_dataset
 from pid_ssl.runs import load_record, load_records, lock_run, run_id
-from pid_ssl.runs_sweep import Job, submit_sweep
-
-pytest.importorskip("submitit", reason="extra slurm")
+from pid_ssl.runs_sweep import Job, expand, read_sweep, submit_sweep
+from pid_ssl.trainers import pretrain
 
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="extra slurm")
     monkeypatch.delenv("IN_TEST", raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     return {**ARGS, "epochs": 1, "device": "cpu", "home": str(tmp_path / "home")}
@@ -62,3 +66,152 @@ def test_an_interrupted_job_goes_on(sweep, tmp_path):
     record = load_record(path)
     assert record.provenance["resumed_after_epoch"] > 0 and len(record.history) == 30
     assert "stopped by SIGTERM" in job.stderr(), "the run saved the step it was in"
+
+
+# ---- on this machine -------------------------------------------------------------------------------------------------
+
+TINY = {**ARGS, "epochs": 25}  # long enough to be met in the middle
+
+
+def write(path, sweep):
+    """A sweep file; its runs are all in `home` beside it."""
+    path.write_text(json.dumps(sweep | dict(home=str(path.parent / "home"))))
+    return path
+
+
+def begin(file, *args):
+    return subprocess.Popen([sys.executable, "-m", "pid_ssl.runs_sweep", str(file), *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**{k: v for k, v in os.environ.items() if k != "IN_TEST"}, "PYTHONPATH": str(ROOT)})
+
+
+def finish(file, *args):
+    process = begin(file, *args)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def wait_for(what, process=None):
+    deadline = time.time() + 300
+    while not (found := what()):
+        assert time.time() < deadline and (process is None or process.poll() is None), "it never came"
+        time.sleep(0.01)
+    return found
+
+
+def results(folder):
+    return {r.run_id: (r.metrics, r.history) for r in load_records(folder / "data/runs")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The results of four runs, made one after the other in this process."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    sweep = TINY | dict(loss=["barlow", "pid"], seed=[0, 1])
+    for config in expand(sweep | dict(home=str(home))):
+        pretrain(config)
+    return sweep, results(home)
+
+
+def stop(process, number, wait=60):
+    """Send the signal; neither the sweep nor anything it started is left."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=wait)
+    gone, alive = psutil.wait_procs(family, timeout=wait)
+    assert not alive, "left running"
+    return process.returncode, out, err
+
+
+MOMENTS = {
+    "a run has started": (signal.SIGTERM, "data/sweeps/*/*.log"),
+    "a run has saved": (signal.SIGINT, "data/checkpoints/*/epoch-*"),
+    "a run has finished": (signal.SIGKILL, "data/runs/*.json"),
+}
+
+
+def test_an_interrupted_sweep_ends_with_the_same_records(undisturbed, tmp_path):
+    sweep, want = undisturbed
+    file, home = write(tmp_path / "sweep.json", sweep), tmp_path / "home"
+    for number, pattern in MOMENTS.values():
+        process = begin(file, "--workers", "2", "--no-notebooks")
+        wait_for(lambda: list(home.glob(pattern)), process)
+        status, out, err = stop(process, number)
+        assert status == (-number if number == signal.SIGKILL else 128 + number), err
+        assert number == signal.SIGKILL or f"stopped by {number.name}: " in err and "the same call goes on" in err
+    assert 0 < len(results(home)) < 4, "interrupted before it was done"
+    status, out, err = finish(file, "--workers", "2", "--no-notebooks")
+    assert status == 0, err
+    assert results(home) == want
+    assert not list(home.rglob("epoch-*")) and not list(home.rglob("*tmp*"))
+
+
+ROUNDS = int(os.environ.get("PID_SSL_SWEEP_ROUNDS", "0"))
+
+
+@pytest.mark.skipif(not ROUNDS, reason="set PID_SSL_SWEEP_ROUNDS to interrupt that many sweeps at random moments, about half a minute each")
+@pytest.mark.parametrize("round", range(ROUNDS))
+def test_interrupted_at_random(undisturbed, tmp_path, round):
+    sweep, want = undisturbed
+    file, home, rng = write(tmp_path / "sweep.json", sweep), tmp_path / "home", random.Random(round)
+    how = ["--workers", str(rng.choice([1, 2, 3])), "--notebooks" if round % 4 == 3 else "--no-notebooks"]
+    for _ in range(rng.choice([1, 2, 3])):
+        number, seconds = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP]), rng.uniform(0, 30)
+        process, end = begin(file, *how), time.time() + seconds
+        while time.time() < end and process.poll() is None:
+            time.sleep(0.01)
+        if process.poll() is not None:
+            break
+        status, out, err = stop(process, number)
+        print(f"round {round}: {number.name} after {seconds:.2f} s, status {status}, {len(results(home))} of {len(want)} records")
+    status, out, err = finish(file, *how)
+    assert status == 0, err
+    assert results(home) == want
+    assert not list(home.rglob("epoch-*")) and not list(home.rglob("*.tmp-*"))
+
+
+def test_a_restart_waits_for_the_orphan_of_a_killed_sweep(tmp_path):
+    """A process of the killed sweep hangs and keeps its run; the restart does the rest and comes back."""
+    file, home = write(tmp_path / "sweep.json", TINY | dict(seed=[0, 1])), tmp_path / "home"
+    process = begin(file, "--no-notebooks")
+    wait_for(lambda: list(home.glob("data/checkpoints/*/epoch-*")), process)
+    (orphan,) = psutil.Process(process.pid).children()
+    orphan.suspend()
+    process.kill()
+    process.communicate()
+    process = begin(file, "--no-notebooks")
+    lines = iter(process.stdout.readline, "")
+    said = next(x for x in lines if x.startswith("locked: "))
+    assert "seed=0" in said and f"process {orphan.pid} " in said and "coming back to it" in said
+    assert "seed=1: finished" in next(lines), "the others are made meanwhile"
+    orphan.resume()
+    assert "seed=0: finished" in next(lines)
+    assert process.wait(60) == 0 and len(results(home)) == 2
+    assert not orphan.is_running()
+
+
+def test_notebooks_of_a_sweep(tmp_path):
+    """An interrupted run's notebook shows where it stopped, a failed one's why, and what can be made is made."""
+    file, home = write(tmp_path / "sweep.json", TINY | dict(block=[dict(dataset="elsewhere"), dict(dataset="digits")])), tmp_path / "home"
+    page = home / "data/sweeps/sweep/dataset=digits.ipynb"
+    process = begin(file, "--notebooks")
+    wait_for(lambda: list(home.glob("data/checkpoints/*/epoch-*")), process)
+    status, out, err = stop(process, signal.SIGINT)
+    assert status == 130, err
+    assert "dataset=elsewhere: failed, exit status 2 (a setting, dataset" in out and "ConfigError: dataset: got 'elsewhere'" in out
+    assert "stopped by SIGTERM: run" in page.read_text()
+    status, out, err = finish(file, "--notebooks")
+    assert status == 1 and "1 of 2 runs failed:\n  dataset=elsewhere: exit status 2" in err
+    assert "untrained network" in page.read_text() and "got 'elsewhere'" in page.with_stem("dataset=elsewhere").read_text()
+    ((_, history),) = results(home).values()
+    assert len(history) == TINY["epochs"]
+
+
+RECIPES = {"cifar10": "cifar10_cpu_results", "beta_curve": "beta_table", "digits": "digits_results"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs/sweeps").iterdir()), ids=lambda p: p.stem)
+def test_a_recipe_gives_the_runs_of_its_table(path):
+    """Of the committed records, exactly those that the table was made from."""
+    runs = json.loads((ROOT / "figures/manifest.json").read_text())[RECIPES[path.stem]]["runs"]
+    (data,) = {load_record(ROOT / f"data/runs/{i}.json").provenance["dataset_hash"] for i in runs}
+    assert {run_id(resolve(c), data, c.device) for c in expand(read_sweep(path))} == set(runs)
