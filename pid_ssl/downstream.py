@@ -71,7 +71,7 @@ def downstream_config(given: dict, # field names and values
 def _reads(config, f): return config.task in (f.metadata['losses'] or TASK_NAMES)
 
 # %% ../nbs/07_downstream.ipynb #180fc634
-FINETUNE = {'few': dict(epochs=30, lr=3e-3, encoder_lr=3e-4), 'many': dict(epochs=20, lr=1e-3, encoder_lr=1e-3)}  # up to 2,000 labelled images, and more
+FINETUNE = {'few': dict(epochs=30, lr=3e-3, encoder_lr=3e-4), 'many': dict(epochs=20, lr=3e-3, encoder_lr=3e-3)}  # up to 2,000 labelled images, and more
 
 def resolve_downstream(config: DownstreamConfig, # validated
                        pretrained: dict,         # config of the pretraining run
@@ -114,6 +114,8 @@ def load_measured(config: DownstreamConfig, # its run, weights, home and data_di
     except ConfigError as e: raise ConfigError('run', config.run, e.accepted) from None
     if not (folder/'header.json').exists(): raise CheckpointError(f'{folder}: no checkpoint of run {config.run} there; accepted: a finished run (pretrain it again with its config, or set home to the folder whose data/checkpoints has it)')
     encoder, run = load_encoder(folder)
+    lacks = [k for k in ('dataset', 'train_size', 'seed', 'policy') if run.get(k) is None]
+    if lacks: raise CheckpointError(f"{folder/'header.json'}: config without {', '.join(lacks)}; accepted: the checkpoint of a run of this package")
     data = load_dataset(run['dataset'], run['image_size'], run['train_size'], config.data_dir)
     channels = data.images['train'].shape[1]
     about = dict(run=config.run, weights=config.weights, dataset=run['dataset'], dataset_hash=data.content_hash, train_size=run['train_size'],
