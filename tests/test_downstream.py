@@ -202,6 +202,7 @@ def test_one_record_for_one_measurement(trained, monkeypatch):
     found = load_downstream(home / "data/downstream", task="low_label", encoder_loss="barlow", fraction=(0.05, 0.1))
     assert [(r.run_id, r.metrics) for r in found] == sorted((r.run_id, r.metrics) for r in few)
     assert not load_downstream(home / "data/downstream", encoder_loss="wmse")
+    assert str(home) not in (home / "data/downstream" / f"{first.run_id}.json").read_text(), "no folder of this machine"
 
 
 def test_two_view_and_audit_records(trained):
@@ -246,6 +247,15 @@ def test_bad_input_is_one_line_and_no_record(case, trained, colour, capsys):
     message = capsys.readouterr().err
     assert all(w in message for w in words) and len(message.splitlines()) == 1, message
     assert set((trained[0] / "data/downstream").glob("*")) == before
+
+
+def test_a_folder_that_takes_no_record(trained, tmp_path, monkeypatch):
+    """Found out before the work."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/checkpoints").symlink_to(trained[0] / "data/checkpoints")
+    (tmp_path / "data/downstream").write_text("a file where the folder should be")
+    monkeypatch.setitem(downstream.TASKS, "classify", None)
+    assert main(["--run", trained[1].run_id, "--home", str(tmp_path), "--threads", "1"]) == 4
 
 
 def test_damaged_encoder(colour):
