@@ -210,8 +210,13 @@ def run_downstream(config: DownstreamConfig, # what to measure
     told = dataclasses.replace(c, home=None, data_dir=None)  # folders of one machine say nothing elsewhere
     record = RunRecord(rid, 'finished', dataclasses.asdict(told), provenance=provenance(told, dataset.content_hash, device) | dict(encoder=about, dataset_note=dataset.note, images={s: len(x) for s, x in dataset.images.items()}))
     print(f"{c.task} {rid}: {c.weights} encoder of run {c.run} ({about.get('loss', 'no objective')}) on {dataset.note}, {images} training images", flush=True)
+    passes = 0
+    def count(module, inputs, output):
+        nonlocal passes
+        passes += len(output)*(3 if module.training else 1)
+    encoder.register_forward_hook(count)  # copies of the encoder carry it along
     record.metrics = TASKS[c.task](Measured(c, encoder, dataset, mean, std, device))
-    record.provenance |= dict(wall_seconds=round(time.perf_counter() - start, 2), peak_memory_bytes=peak_memory(device))
+    record.provenance |= dict(wall_seconds=round(time.perf_counter() - start, 2), image_passes=passes, peak_memory_bytes=peak_memory(device))
     print(', '.join(f'{k} {v:.2f}' for k, v in record.metrics.items() if not k.endswith(('_C', '_low', '_high', '_null_mean', '_null_95')) and '_draw' not in k) + f'; record {record.save(path.parent)}', flush=True)
     return record
 

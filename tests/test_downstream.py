@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -256,6 +257,13 @@ def test_a_folder_that_takes_no_record(trained, tmp_path, monkeypatch):
     (tmp_path / "data/downstream").write_text("a file where the folder should be")
     monkeypatch.setitem(downstream.TASKS, "classify", None)
     assert main(["--run", trained[1].run_id, "--home", str(tmp_path), "--threads", "1"]) == 4
+
+
+def test_stopped_by_a_signal(trained, monkeypatch, capsys):
+    monkeypatch.setitem(downstream.TASKS, "classify", lambda measured: os.kill(os.getpid(), signal.SIGTERM))
+    before = set((trained[0] / "data/downstream").glob("*"))
+    assert main(["--run", trained[1].run_id, "--home", str(trained[0]), "--threads", "1", "--force"]) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in capsys.readouterr().err and set((trained[0] / "data/downstream").glob("*")) == before
 
 
 def test_damaged_encoder(colour):
