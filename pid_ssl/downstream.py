@@ -7,8 +7,8 @@ __all__ = ['TASK_NAMES', 'TUNED', 'TWO_VIEW', 'FINETUNE', 'TASKS', 'LOADERS', 'D
            'resolve_downstream', 'Measured', 'load_measured', 'load_labelled', 'downstream_id', 'downstream_folder',
            'run_downstream', 'load_downstream', 'downstream_args', 'main']
 
-# %% ../nbs/07_downstream.ipynb #6d9ecb42
-import argparse, dataclasses, sys, time, warnings
+# %% ../nbs/07_downstream.ipynb #78203ddb
+import argparse, dataclasses, sys, tempfile, time, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from .data import POLICIES, DataError, Dataset, Policy, ViewMaker, load_dataset
 from .evaluate import calibrate_batchnorm, evaluate_encoder
 from .evaluate_labels import finetune, light_policy, low_label
 from .evaluate_views import audit_encoder, two_view_readout
-from .models import CheckpointError, StorageError, build_encoder, load_checkpoint, load_encoder
+from .models import CheckpointError, StorageError, build_encoder, load_checkpoint, load_encoder, writing
 from .runs import RecordError, RunRecord, checkpoint_folder, home_folder, load_record, other_data, peak_memory, provenance
 from .trainers import AUDIT_SEED, RunInterrupted, StopSignals
 from .trainers_base import default_threads, device_class
@@ -71,7 +71,7 @@ def downstream_config(given: dict, # field names and values
 def _reads(config, f): return config.task in (f.metadata['losses'] or TASK_NAMES)
 
 # %% ../nbs/07_downstream.ipynb #180fc634
-FINETUNE = {'few': dict(epochs=30, lr=3e-3, encoder_lr=3e-4), 'many': dict(epochs=20, lr=1e-3, encoder_lr=1e-3)}  # up to 2,000 labelled images, and more
+FINETUNE = {'few': dict(epochs=30, lr=3e-3, encoder_lr=3e-4), 'many': dict(epochs=20, lr=3e-3, encoder_lr=3e-3)}  # up to 2,000 labelled images, and more
 
 def resolve_downstream(config: DownstreamConfig, # validated
                        pretrained: dict,         # config of the pretraining run
@@ -114,6 +114,8 @@ def load_measured(config: DownstreamConfig, # its run, weights, home and data_di
     except ConfigError as e: raise ConfigError('run', config.run, e.accepted) from None
     if not (folder/'header.json').exists(): raise CheckpointError(f'{folder}: no checkpoint of run {config.run} there; accepted: a finished run (pretrain it again with its config, or set home to the folder whose data/checkpoints has it)')
     encoder, run = load_encoder(folder)
+    lacks = [k for k in ('dataset', 'train_size', 'seed', 'policy') if run.get(k) is None]
+    if lacks: raise CheckpointError(f"{folder/'header.json'}: config without {', '.join(lacks)}; accepted: the checkpoint of a run of this package")
     data = load_dataset(run['dataset'], run['image_size'], run['train_size'], config.data_dir)
     channels = data.images['train'].shape[1]
     about = dict(run=config.run, weights=config.weights, dataset=run['dataset'], dataset_hash=data.content_hash, train_size=run['train_size'],
@@ -202,10 +204,19 @@ def run_downstream(config: DownstreamConfig, # what to measure
     have, want = dataset.images['train'].shape[1], pretraining.images['train'].shape[1]
     if have != want: raise ConfigError('dataset', c.dataset, f'images of {want} channels, as the encoder of run {c.run} was pretrained on; these have {have}')
     mean, std = (torch.zeros(want), torch.ones(want)) if c.weights == 'pixels' else (pretraining.mean, pretraining.std)
-    record = RunRecord(rid, 'finished', dataclasses.asdict(c), provenance=provenance(c, dataset.content_hash, device) | dict(encoder=about, dataset_note=dataset.note, images={s: len(x) for s, x in dataset.images.items()}))
+    with writing(path.parent):  # a folder that takes no record is found out before the work
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    told = dataclasses.replace(c, home=None, data_dir=None)  # folders of one machine say nothing elsewhere
+    record = RunRecord(rid, 'finished', dataclasses.asdict(told), provenance=provenance(told, dataset.content_hash, device) | dict(encoder=about, dataset_note=dataset.note, images={s: len(x) for s, x in dataset.images.items()}))
     print(f"{c.task} {rid}: {c.weights} encoder of run {c.run} ({about.get('loss', 'no objective')}) on {dataset.note}, {images} training images", flush=True)
+    passes = 0
+    def count(module, inputs, output):
+        nonlocal passes
+        passes += len(output)*(3 if module.training else 1)
+    encoder.register_forward_hook(count)  # copies of the encoder carry it along
     record.metrics = TASKS[c.task](Measured(c, encoder, dataset, mean, std, device))
-    record.provenance |= dict(wall_seconds=round(time.perf_counter() - start, 2), peak_memory_bytes=peak_memory(device))
+    record.provenance |= dict(wall_seconds=round(time.perf_counter() - start, 2), image_passes=passes, peak_memory_bytes=peak_memory(device))
     print(', '.join(f'{k} {v:.2f}' for k, v in record.metrics.items() if not k.endswith(('_C', '_low', '_high', '_null_mean', '_null_95')) and '_draw' not in k) + f'; record {record.save(path.parent)}', flush=True)
     return record
 

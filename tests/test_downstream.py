@@ -1,0 +1,309 @@
+"""Measuring encoders after pretraining: chance where there is nothing, the same encoder for everybody, one record for one measurement."""
+import ast
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torchvision
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from pid_ssl import downstream
+from pid_ssl.config import Config, ConfigError
+from pid_ssl.data import DataError, ViewMaker, load_dataset
+from pid_ssl.downstream import DownstreamConfig, load_downstream, load_measured, main, run_downstream
+from pid_ssl.evaluate import accuracies, calibrate_batchnorm, evaluate_encoder, extract_features
+from pid_ssl.evaluate_labels import finetune, label_draw, light_policy, low_label
+from pid_ssl.evaluate_views import audit_encoder, two_view_readout
+from pid_ssl.models import CheckpointError, SmallResNet, build_encoder, save_checkpoint
+from pid_ssl.trainers import pretrain
+
+HEADER = dict(loss="barlow", dataset="whole", encoder="small", image_size=16, width=8, seed=3, train_size=0, policy="cifar", epochs=1, beta=0.25)
+
+
+def views(data, policy="digits"):
+    return ViewMaker(policy, data.mean, data.std)
+
+
+def light(data):
+    v = views(data)
+    v.policy = light_policy(v.policy)
+    return v
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+@pytest.fixture(scope="module")
+def net(digits):
+    torch.manual_seed(0)
+    return calibrate_batchnorm(SmallResNet(8, 1), digits.images["train"], views(digits)).eval()
+
+
+@pytest.fixture(scope="module")
+def nothing(digits):
+    """Labels without a relation to the images."""
+    g = torch.Generator().manual_seed(1)
+    return dataclasses.replace(digits, labels={s: y[torch.randperm(len(y), generator=g)] for s, y in digits.labels.items()})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two short runs of one seed in a folder of their own."""
+    home = tmp_path_factory.mktemp("home")
+    make = lambda loss: pretrain(Config(loss=loss, dataset="digits", epochs=1, width=8, seed=5, home=str(home), threads=1))
+    return home, make("barlow"), make("simclr")
+
+
+@pytest.fixture
+def colour(tmp_path):
+    """Two datasets of 16 pixels in colour, the second of other brightness, and an encoder for the first."""
+    rng = np.random.default_rng(0)
+    for name, n, shift in (("whole", 200, 0), ("bright", 120, 90)):
+        for split, m in (("train", n), ("test", 60)):
+            y = np.arange(m) % 4
+            blobs = []
+            for c in y:
+                im = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8) + np.uint8(shift)
+                im[4 * c:4 * c + 4] += 60
+                buffer = io.BytesIO()
+                Image.fromarray(im).save(buffer, "PNG")
+                blobs.append({"bytes": buffer.getvalue(), "path": ""})
+            (tmp_path / "sets" / name).mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.table({"img": blobs, "label": y}), tmp_path / "sets" / name / f"{split}.parquet")
+    torch.manual_seed(0)
+    encoder = build_encoder("small", 16, 3, 8)
+    save_checkpoint(tmp_path / "home/data/checkpoints" / ("a" * 16) / "final", {"encoder": encoder.state_dict()}, {"config": HEADER})
+    return dict(run="a" * 16, home=str(tmp_path / "home"), data_dir=str(tmp_path / "sets"), threads=1), encoder
+
+
+def at_chance(values, n=360, classes=10):
+    error = 100 * (1 / classes * (1 - 1 / classes) / n) ** 0.5
+    return all(abs(v - 100 / classes) < 4 * error for v in values)
+
+
+def test_shuffled_labels_score_at_chance(net, nothing):
+    frozen = evaluate_encoder(net, nothing, views(nothing))
+    assert at_chance([v for k, v in frozen.items() if not k.endswith("_C")])
+    assert at_chance([v for k, v in two_view_readout(net, nothing, views(nothing)).items() if "gain" not in k])
+    assert at_chance(low_label(net, nothing, light(nothing), 0.1, draws=2, epochs=5, batch_size=32).values())
+    assert at_chance(finetune(net, nothing, light(nothing), epochs=2).values())
+
+
+def test_shuffled_labels_have_no_atoms(net, digits, nothing):
+    """Inside the null: 3.3 of its standard deviations at most, where the true labels lie outside."""
+    name = "test_pid_broja_labels_{}_bits{}".format
+    options = dict(codes=8, components=8, permutations=100, replicates=5)
+    real, shuffled = (audit_encoder(net, d, views(d), **options) for d in (digits, nothing))
+    for k in ("redundancy", "unique1", "unique2", "synergy", "i1", "i2", "joint"):
+        assert shuffled[name(k, "")] < 2 * shuffled[name(k, "_null_95")], k
+    assert real[name("i1", "")] > 2 * real[name("i1", "_null_95")]
+    assert real[name("i1", "_low")] < real[name("i1", "")] < real[name("i1", "_high")]
+
+
+def test_pairs_of_independent_noise_gain(digits):
+    """An encoder whose views differ by noise alone: two views tell more than one, and U2 + S is where it comes from."""
+    noisy = ViewMaker("digits", digits.mean, digits.std)
+    noisy.policy = dataclasses.replace(noisy.policy, rotate=0, translate=0, zoom=0, jitter=0, noise=0.8)
+    pixels = nn.Flatten()
+    out = two_view_readout(pixels, digits, noisy)
+    assert out["test_linear_pair_gain"] > 3 and out["test_linear_clean"] > out["test_linear_pair"] > max(out["test_linear_view1"], out["test_linear_view2"])
+    audit = audit_encoder(pixels, digits, noisy, codes=4, components=8, permutations=20, replicates=5)
+    assert audit["test_pid_gaussian_image_synergy_nats_low"] > 0.1
+
+
+def test_draws_are_stratified_and_paired(digits):
+    y = digits.labels["train"]
+    a = label_draw(y, 0.1, 2)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    assert torch.equal(a, label_draw(y, 0.1, 2)), "no random state but the draw's own"
+    assert len(set(a.tolist())) == len(a) and torch.equal(label_draw(y, 1.), torch.arange(len(y)))
+    assert (y[a].bincount() - 0.1 * y.bincount()).abs().max() <= 0.5
+
+
+def test_fine_tuning_leaves_the_encoder_alone(net, digits):
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    a, b = (finetune(net, digits, light(digits), epochs=1) for _ in range(2))
+    assert a == b and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not net.training
+
+
+@pytest.fixture
+def resnet(tmp_path):
+    """A checkpoint of a ResNet-18 whose batch-norm statistics are not the initial ones."""
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet18", 16, 1).train()
+    encoder(torch.randn(32, 1, 16, 16))
+    folder = tmp_path / "data/checkpoints" / ("b" * 16) / "final"
+    save_checkpoint(folder, {"encoder": encoder.state_dict()}, {"config": HEADER | dict(dataset="digits", encoder="resnet18", train_size=200)})
+    encoder, data, _, _ = load_measured(DownstreamConfig(run="b" * 16, home=str(tmp_path)))
+    images = data.images["test"][:64]
+    x = torchvision.transforms.functional.normalize(images.float() / 255, data.mean.tolist(), data.std.tolist())
+    return load_file(folder / "encoder.safetensors"), x, extract_features(encoder, images, views(data, "none"))
+
+
+def test_same_features_through_torchvision(resnet):
+    weights, x, features = resnet
+    plain = torchvision.models.resnet18()
+    plain.conv1, plain.maxpool, plain.fc = nn.Conv2d(1, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity()
+    plain.load_state_dict(weights)
+    with torch.no_grad():
+        assert torch.allclose(plain.eval()(x), features, atol=1e-5) and features.std(0).max() > 0.01
+
+
+def test_same_features_through_timm(resnet):
+    timm = pytest.importorskip("timm")
+    weights, x, features = resnet
+    plain = timm.create_model("resnet18", num_classes=0)
+    plain.conv1, plain.maxpool = nn.Conv2d(1, 64, 3, padding=1, bias=False), nn.Identity()
+    plain.load_state_dict(weights)
+    with torch.no_grad():
+        assert torch.allclose(plain.eval()(x), features, atol=1e-5)
+
+
+def test_measures_what_the_run_reported(trained):
+    home, barlow, _ = trained
+    for weights, prefix in (("pretrained", ""), ("untrained", "control_"), ("pixels", "raw_")):
+        metrics = run_downstream(DownstreamConfig(run=barlow.run_id, weights=weights, home=str(home), threads=1)).metrics
+        assert metrics == {k: barlow.metrics[prefix + k] for k in metrics} and len(metrics) == 4, weights
+
+
+def test_one_record_for_one_measurement(trained, monkeypatch):
+    home, barlow, simclr = trained
+    ask = lambda run, **more: run_downstream(DownstreamConfig(run=run.run_id, home=str(home), threads=1, **more))
+    first = ask(barlow, weights="untrained")
+    assert ask(simclr, weights="untrained").run_id == first.run_id, "the control does not depend on the objective"
+    assert ask(simclr).run_id != ask(barlow).run_id
+    with pytest.warns(UserWarning, match="fraction = 0.2 has no effect: task 'classify' does not read it"):
+        assert ask(barlow, fraction=0.2).run_id == ask(barlow).run_id
+    few = [ask(barlow, task="low_label", fraction=f, draws=1, epochs=1) for f in (0.05, 0.1)]
+    assert few[0].run_id != few[1].run_id
+
+    def again(measured): raise RuntimeError("measured again")
+    monkeypatch.setitem(downstream.TASKS, "classify", again)
+    assert ask(barlow, weights="untrained").metrics == first.metrics
+    with pytest.raises(RuntimeError, match="measured again"):
+        ask(barlow, force=True)
+    found = load_downstream(home / "data/downstream", task="low_label", encoder_loss="barlow", fraction=(0.05, 0.1))
+    assert [(r.run_id, r.metrics) for r in found] == sorted((r.run_id, r.metrics) for r in few)
+    assert not load_downstream(home / "data/downstream", encoder_loss="wmse")
+    assert str(home) not in (home / "data/downstream" / f"{first.run_id}.json").read_text(), "no folder of this machine"
+
+
+def test_two_view_and_audit_records(trained):
+    home, barlow, _ = trained
+    for task, key, more in (("two_view", "val_mlp_pair_gain", {}), ("audit", "val_pid_broja_labels_synergy_bits_null_95", dict(codes=4, components=4, permutations=20, replicates=3))):
+        record = run_downstream(DownstreamConfig(run=barlow.run_id, home=str(home), threads=1, task=task, eval_on="val", **more))
+        assert key in record.metrics and all(k.startswith("val_") for k in record.metrics) and record.config["policy"] == "digits"
+        assert record.provenance["encoder"]["loss"] == "barlow" and record.provenance["dataset_note"].startswith("scikit-learn digits")
+
+
+def test_transfer_keeps_the_normalisation_of_pretraining(colour):
+    asked, encoder = colour
+    record = run_downstream(DownstreamConfig(**asked, task="transfer", dataset="bright"))
+    whole, bright = (load_dataset(n, 16, data_dir=asked["data_dir"]) for n in ("whole", "bright"))
+    assert record.metrics == evaluate_encoder(encoder.eval(), bright, views(whole, "none")), "mean and deviation of the pretraining images"
+    assert (bright.mean - whole.mean).min() > 0.2 and record.config["train_size"] == 0
+    tuned = run_downstream(DownstreamConfig(**asked, task="finetune", dataset="bright", train_size=60, epochs=2, batch_size=16))
+    assert tuned.provenance["images"]["train"] == 60 and set(tuned.metrics) == {"test_finetune"}
+
+
+BAD = {
+    "no run": ([], ["run", "16 hexadecimal digits"]),
+    "not an id": (["--run", "../x"], ["run", "'../x'", "16 hexadecimal digits"]),
+    "no checkpoint": (["--run", "f" * 16], ["f" * 16, "no checkpoint", "pretrain it again", "home"]),
+    "task": (["--task", "lowlabel"], ["task", "'lowlabel'", "low_label"]),
+    "own dataset": (["--task", "transfer"], ["dataset", "'auto'", "another dataset than digits"]),
+    "channels": (["--task", "transfer", "--dataset", "whole"], ["dataset", "'whole'", "images of 1 channels", "these have 3"]),
+    "no dataset": (["--task", "transfer", "--dataset", "elsewhere"], ["dataset", "'elsewhere'", "accepted"]),
+    "no image of a class": (["--task", "low_label", "--fraction", "0.001"], ["fraction", "class 0", "at least one image a class"]),
+    "fraction": (["--task", "low_label", "--fraction", "2"], ["fraction", "2", "1.0"]),
+    "components": (["--task", "audit", "--components", "33"], ["components", "33", "1 to 32"]),
+    "train_size": (["--train_size", "5000"], ["train_size", "5000", "1293"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_no_record(case, trained, colour, capsys):
+    args, words = BAD[case]
+    before = set((trained[0] / "data/downstream").glob("*"))
+    known = [] if "--run" in args or case == "no run" else ["--run", trained[1].run_id]
+    assert main([*known, *args, "--home", str(trained[0]), "--data_dir", colour[0]["data_dir"], "--threads", "1"]) == 2
+    message = capsys.readouterr().err
+    assert all(w in message for w in words) and len(message.splitlines()) == 1, message
+    assert set((trained[0] / "data/downstream").glob("*")) == before
+
+
+def test_a_folder_that_takes_no_record(trained, tmp_path, monkeypatch):
+    """Found out before the work."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/checkpoints").symlink_to(trained[0] / "data/checkpoints")
+    (tmp_path / "data/downstream").write_text("a file where the folder should be")
+    monkeypatch.setitem(downstream.TASKS, "classify", None)
+    assert main(["--run", trained[1].run_id, "--home", str(tmp_path), "--threads", "1"]) == 4
+
+
+def test_stopped_by_a_signal(trained, monkeypatch, capsys):
+    monkeypatch.setitem(downstream.TASKS, "classify", lambda measured: os.kill(os.getpid(), signal.SIGTERM))
+    before = set((trained[0] / "data/downstream").glob("*"))
+    assert main(["--run", trained[1].run_id, "--home", str(trained[0]), "--threads", "1", "--force"]) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in capsys.readouterr().err and set((trained[0] / "data/downstream").glob("*")) == before
+
+
+def test_damaged_encoder(colour):
+    asked, _ = colour
+    path = next(p for p in Path(asked["home"]).rglob("encoder.safetensors"))
+    blob = bytearray(path.read_bytes())
+    blob[-1] ^= 1
+    path.write_bytes(blob)
+    with pytest.raises(CheckpointError, match="encoder.safetensors: checksum differs"):
+        run_downstream(DownstreamConfig(**asked))
+
+
+def test_labels_that_mean_no_classes(net, digits):
+    one = dataclasses.replace(digits, labels={s: torch.zeros_like(y) for s, y in digits.labels.items()})
+    high = dataclasses.replace(digits, labels={**digits.labels, "train": digits.labels["train"] + 1})
+    low = dataclasses.replace(digits, labels={**digits.labels, "test": digits.labels["test"] - 1})
+    for data, words in ((one, "train has the class 0 only; accepted: at least two classes"), (high, "train has values from 1 to 10; accepted: 0 to 9"), (low, "test has values from -1 to 8")):
+        for measure in (low_label, finetune, two_view_readout):
+            with pytest.raises(DataError, match=words):
+                measure(net, data, light(data))
+    with pytest.raises(DataError, match="at least two classes"):
+        accuracies({s: x.flatten(1).float() for s, x in one.images.items()}, one.labels)
+    with pytest.raises(DataError, match="class 4 is none; accepted: at least one image a class"):
+        label_draw(torch.arange(10).repeat(50)[torch.arange(10).repeat(50) != 4], 0.1)
+
+
+def test_parameters_cell_is_the_config():
+    cells = json.loads((ROOT / "nbs/run_downstream.ipynb").read_text())["cells"]
+    (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    got = {}
+    for line in cell["source"]:
+        name, kind, value, comment = re.fullmatch(r"(\w+): (\w+) = (.+?)  # (.+)\n?", line).groups()
+        got[name] = kind, ast.literal_eval(value)
+        assert comment.startswith(DownstreamConfig.__dataclass_fields__[name].metadata["help"])
+    want = {f.name: (f.type if isinstance(f.type, str) else f.type.__name__, f.default) for f in dataclasses.fields(DownstreamConfig)}
+    assert got == want and list(got) == list(want)
+
+
+def test_papermill_refuses_an_unknown_name(tmp_path):
+    out = subprocess.run([sys.executable, "-m", "papermill", "nbs/run_downstream.ipynb", str(tmp_path / "o.ipynb"), "-p", "fractoin", "0.1", "-p", "home", str(tmp_path)],
+                         cwd=ROOT, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert out.returncode != 0 and "fractoin" in out.stderr and "the parameters are run, task" in out.stderr
+    assert not (tmp_path / "data").exists()
