@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from .config import ConfigError
 from .data_dense import DetectionData
-from .evaluate_dense import check_settings, feature_maps, fit, normaliser, paired_bootstrap
+from .evaluate_dense import check_settings, feature_maps, fit, metric_prefix, normaliser, paired_bootstrap
 from .views import ViewMaker
 
 # %% ../nbs/05_evaluate_detection.ipynb #c0257ed8
@@ -154,7 +154,7 @@ def detection_metrics(predictions: dict,         # as `coco_evaluation` reads th
                       mode: str = 'finetuned',   # 'frozen' is named in the keys
                      ) -> dict:                  # percent, and counts
     "AP, AP50, AP75, AP of each class that has one, and how many classes and images without boxes went into them."
-    each, prefix = average_precision(coco_evaluation(predictions, data.boxes[split], data.labels[split], data.classes)), f"{split}_{data.name}_{'frozen_' if mode == 'frozen' else ''}"
+    each, prefix = average_precision(coco_evaluation(predictions, data.boxes[split], data.labels[split], data.classes)), metric_prefix(data, split, 'frozen' if mode == 'frozen' else '')
     shown = ~np.isnan(each[0])
     out = {'ap': _mean(each), 'ap50': _mean(each[0]), 'ap75': _mean(each[5]), 'classes': int(shown.sum()), 'empty_images': data.empty[split]}
     return {prefix + k: v for k, v in (out | {f'ap_{n}': float(v) for n, v, s in zip(data.class_names, each.mean(0), shown) if s}).items()}

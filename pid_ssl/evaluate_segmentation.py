@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from .config import ConfigError
 from .data_dense import SegmentationData
-from .evaluate_dense import check_settings, feature_maps, fit, normaliser, paired_bootstrap
+from .evaluate_dense import check_settings, feature_maps, fit, metric_prefix, normaliser, paired_bootstrap
 
 # %% ../nbs/05_evaluate_segmentation.ipynb #f116647f
 def confusion_matrix(predicted: torch.Tensor, # (n, h, w) uint8
@@ -126,7 +126,7 @@ def segmentation_metrics(predicted: torch.Tensor, # (n, h, w) uint8
                         ) -> dict:                # percent, and the number of classes in the mean
     "mIoU, IoU of each class that has one, and pixel accuracy, all from the matrix of counts."
     counts = confusion_matrix(predicted, data.labels[split], data.classes)
-    each, prefix = iou(counts), f"{split}_{data.name.split('-')[0]}_{mode}_"
+    each, prefix = iou(counts), metric_prefix(data, split, mode)
     out = {'miou': each.nanmean().item(), 'pixel_accuracy': (100*counts.diagonal().sum()/counts.sum()).item(), 'classes': int((~each.isnan()).sum())}
     return {prefix + k: v for k, v in (out | {f'iou_{n}': v.item() for n, v in zip(data.class_names, each) if not v.isnan()}).items()}
 

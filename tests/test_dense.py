@@ -67,9 +67,9 @@ def test_segmentation_metrics_agree_with_scikit_learn(scenes, tmp_path):
     true, predicted = data.labels["test"][keep].numpy(), found[keep].numpy()
     each = 100 * jaccard_score(true, predicted, labels=[0, 1, 2], average=None)
     assert 20 < each.mean() < 90, "neither all right nor all wrong"
-    assert ours["test_digit_frozen_miou"] == pytest.approx(each.mean(), abs=1e-4)
-    assert [ours[f"test_digit_frozen_iou_{n}"] for n in data.class_names] == pytest.approx(each.tolist(), abs=1e-4)
-    assert ours["test_digit_frozen_pixel_accuracy"] == pytest.approx(100 * accuracy_score(true, predicted), abs=1e-4)
+    assert ours["test_digit-scenes_frozen_miou"] == pytest.approx(each.mean(), abs=1e-4)
+    assert [ours[f"test_digit-scenes_frozen_iou_{n}"] for n in data.class_names] == pytest.approx(each.tolist(), abs=1e-4)
+    assert ours["test_digit-scenes_frozen_pixel_accuracy"] == pytest.approx(100 * accuracy_score(true, predicted), abs=1e-4)
 
 
 def test_unlabelled_pixels_count_nowhere(scenes):
@@ -146,7 +146,7 @@ def test_a_class_the_split_lacks_is_left_out_and_the_rest_counted(scenes):
     seg, det = copy.deepcopy(scenes)
     seg.labels["test"][seg.labels["test"] == 2] = 3
     m = segmentation_metrics(seg.labels["test"].clamp(max=2) % 2, seg)
-    assert m["test_digit_frozen_classes"] == 2 and "test_digit_frozen_iou_one" not in m and m["test_digit_frozen_miou"] == 100
+    assert m["test_digit-scenes_frozen_classes"] == 2 and "test_digit-scenes_frozen_iou_one" not in m and m["test_digit-scenes_frozen_miou"] == 100
     for i, y in enumerate(det.labels["test"]):
         det.boxes["test"][i], det.labels["test"][i] = det.boxes["test"][i][y == 0], y[y == 0]
     d = detection_metrics(noisy_boxes(det, 0), det)
@@ -219,9 +219,9 @@ def test_a_split_without_boxes_is_an_error(folder, tmp_path):
 
 def test_a_segmenter_learns_and_leaves_the_encoder_alone(scenes, control):
     data, before = scenes[0], copy.deepcopy(control.state_dict())
-    untrained = segmentation(control, data, epochs=0)[0]["test_digit_frozen_miou"]
+    untrained = segmentation(control, data, epochs=0)[0]["test_digit-scenes_frozen_miou"]
     metrics, found = segmentation(control, data, epochs=8, lr=1e-2)
-    assert metrics["test_digit_frozen_miou"] > untrained + 20
+    assert metrics["test_digit-scenes_frozen_miou"] > untrained + 20
     again = segmentation(control, data, "finetuned", epochs=1, lr=1e-2, seed=1)
     same = segmentation(control, data, "finetuned", epochs=1, lr=1e-2, seed=1)
     assert again[0] == same[0] and torch.equal(again[1]["masks"], same[1]["masks"]), "a run is a function of its settings"
@@ -229,7 +229,7 @@ def test_a_segmenter_learns_and_leaves_the_encoder_alone(scenes, control):
     assert all(torch.equal(v, before[k]) for k, v in control.state_dict().items()) and all(p.requires_grad for p in control.parameters())
     shuffled = copy.deepcopy(data)
     shuffled.labels["train"] = shuffled.labels["train"].roll(7, 0)
-    assert segmentation(control, shuffled, epochs=8, lr=1e-2)[0]["test_digit_frozen_miou"] < metrics["test_digit_frozen_miou"] - 20, "masks of other images teach nothing"
+    assert segmentation(control, shuffled, epochs=8, lr=1e-2)[0]["test_digit-scenes_frozen_miou"] < metrics["test_digit-scenes_frozen_miou"] - 20, "masks of other images teach nothing"
 
 
 def test_a_detector_learns_and_leaves_the_encoder_alone(scenes, control):
@@ -248,7 +248,7 @@ def test_intervals_are_of_pairs(scenes):
     b["masks"] = torch.where(torch.rand(b["masks"].shape, generator=torch.Generator().manual_seed(5)) < 0.2, 0, b["masks"]).byte()
     one, two = segmentation_interval(a, b, seg, draws=200), segmentation_interval(b, a, seg, draws=200)
     assert one["difference"] == pytest.approx(-two["difference"]) and one["low"] == pytest.approx(-two["high"])
-    whole = [segmentation_metrics(p["masks"], seg)["test_digit_frozen_miou"] for p in (a, b)]
+    whole = [segmentation_metrics(p["masks"], seg)["test_digit-scenes_frozen_miou"] for p in (a, b)]
     assert one["difference"] == pytest.approx(whole[0] - whole[1], abs=1e-9) and one["units"] == 6, "three sequences of 13 or 14 frames: stretches of 10 and of the rest"
     a, b = (noisy_boxes(det, s) for s in (0, 1))
     gap = detection_interval(a, b, det, draws=100)
