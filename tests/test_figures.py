@@ -126,7 +126,7 @@ def test_manifest_names_every_source():
     for name, entry in manifest.items():
         assert entry["runs"] or entry["files"], name
         for run in entry["runs"]:
-            assert f"data/runs/{run}.json" in TRACKED or f"data/controlled/{run}.json" in TRACKED, (name, run)
+            assert any(f"data/{folder}/{run}.json" in TRACKED for folder in ("runs", "controlled", "downstream")), (name, run)
         for file, digest in entry["files"].items():
             if file != "manifest.json":
                 assert hashlib.sha256((ROOT / "data" / file).read_bytes()).hexdigest() == digest, (name, file)
