@@ -39,7 +39,7 @@ def make(root):
     (command,) = re.findall(r"^papermill nbs/make_figures.*$", "".join(json.loads((root / "nbs/make_figures.ipynb").read_text())["cells"][0]["source"]), re.M)
     # matplotlib finds its font list in the home folder, and IN_TEST would send the figures elsewhere
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(root), "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-    out = subprocess.run(["bash", "-c", command.replace("papermill", f"{sys.executable} -m papermill")], cwd=root, env=env, capture_output=True, text=True, timeout=300)
+    out = subprocess.run(["bash", "-c", command.replace("papermill", f"{sys.executable} -m papermill")], cwd=root, env=env, capture_output=True, text=True, timeout=600)
     assert out.returncode == 0, out.stderr[-3000:]
 
 
