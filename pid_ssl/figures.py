@@ -104,7 +104,8 @@ def _label_ends(ax, x, ends):
         for i in range(len(at) - 1):
             push = max(0., gap - (at[i + 1] - at[i]))/2
             at[i], at[i + 1] = at[i] - push, at[i + 1] + push
-    for y, (_, text, c) in zip(at, ends): ax.annotate(text, (x, y), (x*1.03, y), color=ink(c), fontsize=6.5, va='center', annotation_clip=False)
+    for y, (end, text, c) in zip(at, ends):
+        ax.annotate(text, (x, end), (x*1.06, y), color=ink(c), fontsize=6.5, va='center', annotation_clip=False, arrowprops=dict(arrowstyle='-', lw=0.5, color=c, shrinkA=1, shrinkB=0, relpos=(0, 0.5)))
 
 def plot_accuracy(records: list, # of one dataset and preset
                  ):              # matplotlib Figure

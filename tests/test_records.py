@@ -37,36 +37,6 @@ def test_record(path):
     assert not re.search(r'"/|"[A-Z]:\\\\', json.dumps(record.config)), "no path of somebody's machine"
 
 
-def test_figures_are_up_to_date(committed, tmp_path):
-    """Tables and the input hashes of figures, made again from the records, are the committed ones."""
-    manifest = json.loads((ROOT / "figures/manifest.json").read_text())
-    source = json.loads((ROOT / "nbs/make_figures.ipynb").read_text())
-    code = ["".join(c["source"]) for c in source["cells"] if c["cell_type"] == "code"]
-    space = {"runs": str(committed), "display": lambda *a: None}
-    names = "\n".join(c for c in code if "Gallery" in c or "gallery.add" in c)
-    space |= {"folder": tmp_path, "figures": str(tmp_path)}
-    exec(names.replace("Gallery(figures)", "Gallery(folder)"), space)
-    space["gallery"].close()
-    again = json.loads((tmp_path / "manifest.json").read_text())
-    assert again and {k: v["input_hash"] for k, v in again.items()} == {k: v["input_hash"] for k, v in manifest.items() if v["notebook"] == "make_figures"}
-    for name, entry in again.items():
-        for file in entry["output_hashes"]:
-            if not file.endswith(("png", "pdf")):
-                assert (ROOT / "figures" / file).read_bytes() == (tmp_path / file).read_bytes(), file
-
-
-def test_committed_files_are_those_of_the_manifest():
-    manifest = json.loads((ROOT / "figures/manifest.json").read_text())
-    tracked = subprocess.run(["git", "ls-files", "figures"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    # these tables are written, and checked against their records, by nbs/13_benchmarks*.ipynb
-    speed = {f"{name}_speed.{suffix}" for name in ("pid", "loss", "view", "train", "eval") for suffix in ("csv", "md")} | {"faults.csv", "faults.md"}
-    listed = {f for v in manifest.values() for f in v["output_hashes"]} | {"manifest.json"} | speed
-    assert {t.removeprefix("figures/") for t in tracked} <= listed
-    for entry in manifest.values():
-        for file, want in entry["output_hashes"].items():
-            assert figures.hashlib.sha256((ROOT / "figures" / file).read_bytes()).hexdigest() == want, f"{file} was edited by hand"
-
-
 def mean(records, loss, key):
     values = [next(v for k, v in r.metrics.items() if re.sub(r"knn\d+", "knn", k) == key) for r in records if r.config["loss"] == loss]
     return sum(values) / len(values)
