@@ -197,7 +197,7 @@ def test_notebooks_of_a_sweep(tmp_path):
     wait_for(lambda: list(home.glob("data/checkpoints/*/epoch-*")), process)
     status, out, err = stop(process, signal.SIGINT)
     assert status == 130, err
-    assert "dataset=elsewhere: failed, exit status 2 (a setting, dataset" in out and "ConfigError: dataset: got 'elsewhere'" in out
+    assert "dataset=elsewhere: failed, exit status 2 (a setting, dataset" in out and "dataset: got 'elsewhere'" in out
     assert "stopped by SIGTERM: run" in page.read_text()
     status, out, err = finish(file, "--notebooks")
     assert status == 1 and "1 of 2 runs failed:\n  dataset=elsewhere: exit status 2" in err
