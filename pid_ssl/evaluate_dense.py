@@ -79,7 +79,7 @@ def fit(model: nn.Module,        # whose parameters with gradients are trained
         batch_size: int,         # images a step
         generator: torch.Generator, # of the order
        ) -> list:                # mean loss of each epoch
-    "AdamW with warm-up over a tenth of the steps and cosine decay; raises `ValueError` when the loss is not finite."
+    "AdamW and torch's one-cycle schedule, a tenth of the steps upwards; raises `ValueError` when the loss is not finite."
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, steps, history = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4), -(-n//batch_size)*epochs, []
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2), pct_start=0.1)
