@@ -217,7 +217,7 @@ def run_downstream(config: DownstreamConfig, # what to measure
     encoder.register_forward_hook(count)  # copies of the encoder carry it along
     record.metrics = TASKS[c.task](Measured(c, encoder, dataset, mean, std, device))
     record.provenance |= dict(wall_seconds=round(time.perf_counter() - start, 2), image_passes=passes, peak_memory_bytes=peak_memory(device))
-    print(', '.join(f'{k} {v:.2f}' for k, v in record.metrics.items() if not k.endswith(('_C', '_low', '_high', '_null_mean', '_null_95')) and '_draw' not in k) + f'; record {record.save(path.parent)}', flush=True)
+    print(', '.join(f'{k} {v:.2f}' for k, v in record.metrics.items() if not k.endswith(('_C', '_low', '_high', '_null_mean', '_null_95', '_plain')) and '_draw' not in k) + f'; record {record.save(path.parent)}', flush=True)
     return record
 
 def load_downstream(folder: str | Path | None = None, # default the project's data/downstream
