@@ -47,7 +47,7 @@ class DownstreamConfig:
     encoder_lr: float = _f(None, 'peak learning rate of the encoder in fine-tuning', lo=1e-8, hi=100., losses=TUNED)
     batch_size: int = _f(64, 'images a step of fine-tuning', lo=2, hi=65_536, losses=TUNED)
     policy: str = _f('auto', 'augmentation policy of the views; auto: the run\'s', choices=('auto', *POLICIES), losses=TWO_VIEW)
-    codes: int = _f(16, 'k-means cells of each view', lo=2, hi=256, losses=('audit',))
+    codes: int = _f(8, 'k-means cells of each view', lo=2, hi=256, losses=('audit',))
     components: int = _f(16, 'principal components in the Gaussian decomposition', lo=1, hi=1024, losses=('audit',))
     permutations: int = _f(100, 'shuffles of the labels', lo=20, hi=100_000, losses=('audit',))
     replicates: int = _f(50, 'bootstrap resamples', lo=2, hi=100_000, losses=('audit',))

@@ -55,7 +55,7 @@ def two_view_readout(encoder: nn.Module,  # maps (n, c, h, w) to (n, f)
 def label_pid(h1: torch.Tensor,        # (n, f) features of view 1
               h2: torch.Tensor,        # (n, f) features of view 2
               labels: torch.Tensor,    # (n,) integers
-              codes: int = 16,         # k-means cells of each view
+              codes: int = 8,          # k-means cells of each view
               permutations: int = 100, # shuffles of the labels
               replicates: int = 50,    # bootstrap resamples
               seed: int = 0,           # of k-means, halves, shuffles and resamples
@@ -92,7 +92,7 @@ def audit_encoder(encoder: nn.Module,     # maps (n, c, h, w) to (n, f)
                   dataset: Dataset,       # splits with labels
                   views: ViewMaker,       # policy of the views, normalisation and device; its generator is drawn from
                   split: str = 'test',    # measured on
-                  codes: int = 16,        # k-means cells of each view
+                  codes: int = 8,         # k-means cells of each view
                   components: int = 16,   # principal components for the Gaussian decomposition
                   permutations: int = 100,# shuffles of the labels
                   replicates: int = 50,   # bootstrap resamples
