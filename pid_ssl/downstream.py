@@ -52,7 +52,7 @@ class DownstreamConfig:
     encoder_lr: float = _f(None, 'peak learning rate of the encoder in fine-tuning', lo=1e-8, hi=100., losses=TUNED)
     batch_size: int = _f(64, 'images a step of fine-tuning', lo=2, hi=65_536, losses=TUNED)
     policy: str = _f('auto', 'augmentation policy of the views; auto: the run\'s', choices=('auto', *POLICIES), losses=TWO_VIEW)
-    codes: int = _f(16, 'k-means cells of each view', lo=2, hi=256, losses=('audit',))
+    codes: int = _f(8, 'k-means cells of each view', lo=2, hi=256, losses=('audit',))
     components: int = _f(16, 'principal components in the Gaussian decomposition', lo=1, hi=1024, losses=('audit',))
     permutations: int = _f(100, 'shuffles of the labels', lo=20, hi=100_000, losses=('audit',))
     replicates: int = _f(50, 'bootstrap resamples', lo=2, hi=100_000, losses=('audit',))
@@ -243,7 +243,7 @@ def run_downstream(config: DownstreamConfig, # what to measure
     next((m for m in encoder.modules() if isinstance(m, nn.Conv2d)), encoder).register_forward_hook(count)
     record.metrics = TASKS[c.task](Measured(c, encoder, dataset, mean, std, device))
     record.provenance |= dict(wall_seconds=round(time.perf_counter() - start, 2), image_passes=passes, peak_memory_bytes=peak_memory(device))
-    print(', '.join(f'{k} {v:.2f}' for k, v in record.metrics.items() if not k.endswith(('_C', '_low', '_high', '_null_mean', '_null_95')) and '_draw' not in k) + f'; record {record.save(path.parent)}', flush=True)
+    print(', '.join(f'{k} {v:.2f}' for k, v in record.metrics.items() if not k.endswith(('_C', '_low', '_high', '_null_mean', '_null_95', '_plain')) and '_draw' not in k) + f'; record {record.save(path.parent)}', flush=True)
     return record
 
 def load_downstream(folder: str | Path | None = None, # default the project's data/downstream
