@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHUNK', 'SUFFIXES', 'DataError', 'Source', 'parquet_source', 'folder_source']
 
-# %% ../nbs/02_data_files.ipynb #5cfe94cf
-import hashlib, io, re, warnings
+# %% ../nbs/02_data_files.ipynb #564d7f9c
+import hashlib, io, os, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,31 +90,30 @@ def _open_parquet(path):
     import pyarrow, pyarrow.parquet
     bad = lambda e: DataError(f"{path}: not a readable Parquet image file ({(str(e) or type(e).__name__).splitlines()[0]}); accepted: a whole Parquet file with the columns img or image (struct of bytes and path) and label")
     try:
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)  # a buffer, or a row group would be read at once
-        names = file.schema_arrow.names
+        with pyarrow.parquet.ParquetFile(path) as file: names, schema = file.schema_arrow.names, file.schema_arrow
         image, label = (next((n for n in some if n in names), None) for some in (('img', 'image'), ('label', 'fine_label')))
         if image is None or label is None: raise DataError(f"{path}: column {'img' if image is None else 'label'} is missing among {', '.join(names) or 'none'}; accepted: img or image struct<bytes, path>, label integer")
-        kind = file.schema_arrow.field(image).type
+        kind = schema.field(image).type
         if not pyarrow.types.is_struct(kind) or kind.get_field_index('bytes') < 0: raise DataError(f"{path}: column {image} has no bytes ({kind}); accepted: {image} struct<bytes, path>, label integer")
-        labels = file.read(columns=[label])[label].to_numpy()
+        with pyarrow.parquet.ParquetFile(path) as file: labels = file.read(columns=[label])[label].to_numpy()
     except (pyarrow.ArrowException, OSError, ValueError, TypeError) as e: raise e if isinstance(e, DataError) else bad(e) from None
     if not len(labels): raise DataError(f"{path}: no rows; accepted: at least one image")
     if labels.dtype.kind not in 'iu': raise DataError(f"{path}: label has type {labels.dtype}; accepted: integers from 0, none missing")
     if labels.min() < 0 or labels.max() >= 2**31: raise DataError(f"{path}: label ranges from {labels.min()} to {labels.max()}; accepted: integers from 0")
     def blobs(rows):
-        at, groups = 0, [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-        for g, n in enumerate(groups):
-            wanted = rows[(rows >= at) & (rows < at + n)]
-            if len(wanted):
-                seen = at
-                try:
+        try:
+            with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:  # without a buffer a whole row group would be read at once
+                at = 0
+                for g in range(file.num_row_groups):
+                    first, at = at, at + file.metadata.row_group(g).num_rows
+                    wanted, seen = rows[(rows >= first) & (rows < at)], first
+                    if not len(wanted): continue
                     for batch in file.iter_batches(CHUNK, row_groups=[g], columns=[image], use_threads=False):
                         values = batch.column(0).field('bytes')
                         for row in wanted[(wanted >= seen) & (wanted < seen + len(values))]: yield row, values[int(row - seen)].as_py()
                         seen += len(values)
-                except (pyarrow.ArrowException, OSError, ValueError, KeyError, AttributeError) as e: raise bad(e) from None
-                if seen < at + n: raise bad(f'row group {g} ends after {seen - at} of {n} rows')
-            at += n
+                    if seen < at: raise ValueError(f'row group {g} ends after {seen - first} of {at - first} rows')
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError, AttributeError) as e: raise bad(e) from None
     return labels.astype(np.int64), blobs
 
 def parquet_source(name: str,    # of the dataset
@@ -144,6 +143,10 @@ def parquet_source(name: str,    # of the dataset
 # %% ../nbs/02_data_files.ipynb #ea89335d
 SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.ppm', '.pgm', '.webp', '.tif', '.tiff', '.gif'}
 
+def _walk(folder):
+    def refuse(e): raise DataError(f'{e.filename}: cannot be read ({e.strerror}); accepted: a folder that can be read')
+    return sorted(Path(at)/f for at, _, names in os.walk(folder, onerror=refuse) for f in names)
+
 def _class_files(folder, classes=None, ignore=r'.*_boxes\.txt'):
     # classes, images of each, names of what was skipped
     try: found = sorted(p for p in folder.iterdir())
@@ -153,7 +156,7 @@ def _class_files(folder, classes=None, ignore=r'.*_boxes\.txt'):
     if classes is not None and (stray := [n for n in names if n not in classes]): raise DataError(f"{folder/stray[0]}: no class of the training images; accepted: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}")
     images, labels = [], []
     for name in names:
-        inside = sorted(p for p in (folder/name).rglob('*') if not p.is_dir())
+        inside = _walk(folder/name)
         good = [p for p in inside if p.suffix.lower() in SUFFIXES]
         skipped += [p for p in inside if p.suffix.lower() not in SUFFIXES and not re.fullmatch(ignore, p.name)]
         if not good: raise DataError(f'{folder/name}: a class folder without an image; accepted: images in it, or no such folder')
