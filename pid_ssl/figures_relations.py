@@ -149,7 +149,7 @@ def plot_strength(records: list, # of one dataset, preset and split that differ 
     plt, _, _ = plotting()
     data = frame(records)
     split, places = data.eval_on.iloc[0], [p for p in STRENGTHS if p in set(data.policy)]
-    panels = {'linear_logreg': 'linear accuracy (%)', 'pid_coordinate_redundancy': 'redundancy (nats per coordinate)', 'pid_coordinate_synergy': 'synergy (nats per coordinate)'}
+    panels = {'linear_logreg': 'linear accuracy (%)', 'pid_coordinate_redundancy': 'R (nats per coordinate)', 'pid_coordinate_synergy': 'S (nats per coordinate)'}
     fig, axes = plt.subplots(1, 3, figsize=(2*WIDTH, 2.4))
     for ax, (key, label) in zip(axes, panels.items()):
         for loss in [x for x in NAMES if x in set(data.loss)]:
