@@ -22,7 +22,7 @@ from PIL import Image
 
 from pid_ssl import data_stream
 from pid_ssl.config import Config, ConfigError, resolve
-from pid_ssl.data import DATASETS, DataError, load_dataset
+from pid_ssl.data import DATASETS, DataError, load_dataset, open_source
 from pid_ssl.trainers import Pretraining, main, pretrain
 
 RNG = np.random.default_rng(0)
@@ -232,6 +232,19 @@ def test_single_class_parquet(tmp_path):
     parquet(tmp_path / "mine/test.parquet", np.zeros(5, int))
     with pytest.raises(DataError, match="train.parquet: all 20 images have label 0"):
         load_dataset("mine", data_dir=str(tmp_path))
+
+
+def test_content_hashes_are_those_of_the_records():
+    """The hash is part of every run id: a reader that hashed otherwise would orphan the committed records."""
+    records = [json.loads(p.read_text()) for p in sorted((ROOT / "data/runs").glob("*.json"))]
+    hashes = {name: {r["provenance"]["dataset_hash"] for r in records if r["config"]["dataset"] == name} for name in ("digits", "cifar10")}
+    assert {open_source("digits").content_hash} == hashes["digits"]
+    try:
+        source = open_source("cifar10")
+    except DataError:
+        return  # not on this machine
+    if "JPEG q75" in source.note:
+        assert {source.content_hash} == hashes["cifar10"]
 
 
 def test_the_same_run_from_memory_and_from_the_disk(home):
