@@ -310,10 +310,12 @@ print(json.dumps([anonymous() - before, seen, features.double().sum().item()]))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_mapped_images_take_no_memory(tmp_path):
-    """78 MB of pixels are read in random order and embedded. In memory they stay allocated; mapped, no more does than any run leaves behind (30 MB) and a tenth of them."""
+    """78 MB of pixels are read in random order and embedded. In memory they stay allocated; mapped, less than a tenth of them does."""
     parquet(tmp_path / "mine/train.parquet", np.arange(1500) % 4)
     parquet(tmp_path / "mine/test.parquet", np.arange(80) % 4)
-    run = lambda limit: json.loads(subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path), limit], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True, timeout=300).stdout)
+    # allocators that give back at once what is freed: what is measured is what is held
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    run = lambda limit: json.loads(subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path), limit], env=env, capture_output=True, text=True, check=True, timeout=300).stdout)
     pixels = 1580 * 3 * 128**2
     mapped, kept = run("0"), run("1000")
-    assert mapped[1:] == kept[1:] and kept[0] > pixels > 10 * max(1, mapped[0] - 30e6), (mapped, kept, pixels)
+    assert mapped[1:] == kept[1:] and kept[0] > pixels > 10 * mapped[0], (mapped, kept, pixels)
