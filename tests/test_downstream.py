@@ -294,6 +294,19 @@ def test_labels_that_mean_no_classes(net, digits):
         label_draw(torch.arange(10).repeat(50)[torch.arange(10).repeat(50) != 4], 0.1)
 
 
+def test_settings_were_chosen_on_validation():
+    """The settings in use have the best mean over the encoders with which all of them were tried."""
+    for name, fraction in (("few", 0.01), ("many", 0.1)):
+        tried = {}
+        for r in load_downstream(ROOT / "data/downstream", task="low_label", eval_on="val", fraction=fraction, run=("06d8eb3904176192", "d52b5e12596cc0b6")):
+            setting = tuple(r.config[k] for k in ("epochs", "lr", "encoder_lr"))
+            tried.setdefault(r.config["run"], {})[setting] = r.metrics[f"val_finetune_{100 * fraction:g}pct"]
+        settings = set().union(*tried.values())
+        whole = [t for t in tried.values() if set(t) == settings]
+        assert len(settings) >= 4 and whole
+        assert max(settings, key=lambda s: sum(t[s] for t in whole)) == tuple(downstream.FINETUNE[name][k] for k in ("epochs", "lr", "encoder_lr"))
+
+
 def test_parameters_cell_is_the_config():
     cells = json.loads((ROOT / "nbs/run_downstream.ipynb").read_text())["cells"]
     (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
