@@ -154,17 +154,17 @@ def test_an_interrupted_sweep_ends_with_the_same_records(undisturbed, tmp_path):
     assert not list(home.rglob("epoch-*")) and not list(home.rglob("*tmp*"))
 
 
-ROUNDS = int(os.environ.get("PID_SSL_SWEEP_ROUNDS", "0"))
+ROUNDS, SECONDS = int(os.environ.get("PID_SSL_SWEEP_ROUNDS", "0")), float(os.environ.get("PID_SSL_SWEEP_SECONDS", "30"))
 
 
-@pytest.mark.skipif(not ROUNDS, reason="set PID_SSL_SWEEP_ROUNDS to interrupt that many sweeps at random moments, about half a minute each")
+@pytest.mark.skipif(not ROUNDS, reason="PID_SSL_SWEEP_ROUNDS sweeps, each interrupted up to three times within PID_SSL_SWEEP_SECONDS")
 @pytest.mark.parametrize("round", range(ROUNDS))
 def test_interrupted_at_random(undisturbed, tmp_path, round):
     sweep, want = undisturbed
     file, home, rng = write(tmp_path / "sweep.json", sweep), tmp_path / "home", random.Random(round)
     how = ["--workers", str(rng.choice([1, 2, 3])), "--notebooks" if round % 4 == 3 else "--no-notebooks"]
     for _ in range(rng.choice([1, 2, 3])):
-        number, seconds = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP]), rng.uniform(0, 30)
+        number, seconds = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP]), rng.uniform(0, SECONDS)
         process, end = begin(file, *how), time.time() + seconds
         while time.time() < end and process.poll() is None:
             time.sleep(0.01)
