@@ -114,7 +114,7 @@ def notebook_html(path: str | Path,     # a notebook
 STYLE = '''
 body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
 h1 { border-bottom: 1px solid #bbb; margin-top: 3em; } h4, h5 { margin-bottom: .3em; } h5 { margin-left: 1.5em; }
-pre, code { font: 12.5px/1.4 monospace; } pre { background: #f6f6f6; padding: .6em; white-space: pre-wrap; overflow-wrap: anywhere; } h4 code, h5 code { font-size: 14px; }
+pre, code { font: 12.5px/1.4 monospace; } pre { background: #f6f6f6; padding: .6em; white-space: pre-wrap; overflow-wrap: anywhere; } h4 code, h5 code { font-size: 14px; font-weight: bold; }
 table { border-collapse: collapse; font-size: 13px; margin: .5em 0; } td, th { padding: .15em .7em .15em 0; text-align: left; vertical-align: top; border-bottom: 1px solid #eee; }
 img { max-width: 100%; } nav ul { list-style: none; padding-left: 1.2em; } .jp-InputPrompt, .jp-OutputPrompt, .prompt, .jp-Cell-inputCollapser, .jp-Cell-outputCollapser { display: none; }
 section { break-inside: avoid-page; } figure { margin: 1.5em 0; } figcaption { font-size: 13px; color: #555; }
