@@ -73,7 +73,8 @@ def run_table(record: RunRecord, # finished
     _, _, pd = plotting()
     split = record.config['eval_on']
     keys = [k.removeprefix(f'{split}_') for k in record.metrics if k.startswith(f'{split}_') and 'pid' not in k and not k.endswith('_C')]
-    rows = {name: [record.metrics[f'{p}{split}_{k}'] for k in keys] for name, p in ((NAMES[record.config['loss']], ''), ('untrained network', 'control_'), ('raw pixels', 'raw_'))}
+    rows = {name: [record.metrics[f'{p}{split}_{k}'] for k in keys] for name, p in ((NAMES[record.config['loss']], ''), ('untrained network', 'control_'), ('raw pixels', 'raw_'))
+            if f'{p}{split}_{keys[0]}' in record.metrics}  # sets of large images have no row of raw pixels
     return pd.DataFrame(rows, index=keys).T.round(2)
 
 # %% ../nbs/08_figures.ipynb #2b0c5a27
@@ -122,7 +123,7 @@ def plot_accuracy(records: list, # of one dataset and preset
             ax.plot([v.mean()]*2, [i - 0.3, i + 0.3], color=colour(loss), lw=2)
             ax.plot(v, [i]*len(v), 'o', ms=3.5, color=colour(loss), alpha=0.7, mew=0)
         for prefix, style, name in (('control_', ':', 'untrained'), ('raw_', '--', 'raw pixels')):
-            ax.axvline(data[f'{prefix}{split}_{key}'].mean(), ls=style, color='0.4', lw=1, label=name)
+            if f'{prefix}{split}_{key}' in data: ax.axvline(data[f'{prefix}{split}_{key}'].mean(), ls=style, color='0.4', lw=1, label=name)
         ax.set(xlabel=label, yticks=range(len(losses)), yticklabels=[f"{NAMES[x]} ({(data.loss == x).sum()})" for x in losses], ylim=(len(losses) - 0.4, -0.6))
     axes[0].legend(frameon=False, loc='upper center', bbox_to_anchor=(0.5, 1.22), ncols=2, handlelength=1.5, columnspacing=1.)
     return fig
@@ -143,7 +144,7 @@ def results_table(records: list, # of one dataset and preset
     # the control depends on the seed alone: one value a seed, not one a run
     unique = data.drop_duplicates('seed')
     rows.append({'method': 'untrained network', 'seeds': str(len(unique)), **{name: spread(unique[f'control_{split}_{k}']) for k, name in keys.items()}})
-    rows.append({'method': 'raw pixels', 'seeds': '', **{name: f"{data[f'raw_{split}_{k}'].iloc[0]:.1f}" for k, name in keys.items()}})
+    if f'raw_{split}_linear_logreg' in data: rows.append({'method': 'raw pixels', 'seeds': '', **{name: f"{data[f'raw_{split}_{k}'].iloc[0]:.1f}" for k, name in keys.items()}})
     return pd.DataFrame(rows).fillna('')
 
 def caption(records: list, # of one figure
