@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOSS_NAMES', 'PID_LOSSES', 'TEACHER_LOSSES', 'PRESETS', 'LOSS_PRESETS', 'POLICIES_BY_DATASET', 'project_root',
-           'digest', 'source_hash', 'ConfigError', 'Config', 'accepted', 'from_dict', 'resolve', 'reads', 'identity',
-           'unread', 'parameter_table']
+           'digest', 'source_hash', 'ConfigError', 'Config', 'accepted', 'from_dict', 'read_args', 'resolve', 'reads',
+           'identity', 'unread', 'parameter_table']
 
-# %% ../nbs/00_config.ipynb #501b6e2a
-import dataclasses, difflib, hashlib, json, math, os, re, tempfile
+# %% ../nbs/00_config.ipynb #14574c26
+import argparse, dataclasses, difflib, hashlib, json, math, os, re, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,18 +164,41 @@ def _check(f, value):
     if kind is str and '\0' in value: raise bad
     return value
 
-# %% ../nbs/00_config.ipynb #35b6c755
-def from_dict(given: dict, # field names and values
-             ) -> Config:  # validated
-    "A `Config` from names and values; raises `ConfigError` on an unknown name or a value out of range."
+# %% ../nbs/00_config.ipynb #48150078
+def from_dict(given: dict,          # field names and values
+              kind: type = Config,  # or another dataclass of such fields
+             ) -> object:           # of that kind, validated
+    "A config from names and values; raises `ConfigError` on an unknown name or a value out of range."
     if not isinstance(given, dict): raise ConfigError('config', given, 'a mapping of field names to values')
-    names = [f.name for f in dataclasses.fields(Config)]
+    names = [f.name for f in dataclasses.fields(kind)]
     for name in given:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ''
             raise ConfigError(str(name), given[name], f"{hint}the parameters are {', '.join(names)}")
-    return Config(**given)
+    return kind(**given)
+
+def read_args(argv: list | None = None, # default the process's arguments
+              kind: type = Config,      # or another dataclass of such fields
+              prog: str = '',           # the command
+              about: str = '',          # what it does, in a sentence
+             ) -> object:               # of that kind, validated
+    "A config from a command line with the fields as options; raises `ConfigError`."
+    parser = argparse.ArgumentParser(prog=prog, description=about, allow_abbrev=False)
+    for f in dataclasses.fields(kind):
+        who = f" ({', '.join(f.metadata['losses'])})" if f.metadata['losses'] else ''
+        text = f"{f.metadata['help']}; {accepted(f)}{who}".replace('%', '%%')
+        if _kind(f) is bool: parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, default=None, help=text)
+        else: parser.add_argument(f'--{f.name}', metavar=f.name.upper(), help=text)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    text = {f.name for f in dataclasses.fields(kind) if _kind(f) is str}
+    return from_dict({k: v if k in text else _number(v) for k, v in given.items()}, kind)
+
+def _number(text):
+    for kind in (int, float):
+        try: return kind(text) if isinstance(text, str) else text
+        except ValueError: pass
+    return text
 
 # %% ../nbs/00_config.ipynb #7ba4c8a7
 _COMMON = dict(projector_layers=2, optimizer='adamw', weight_decay=1e-4, ema_momentum=0.99,

@@ -7,14 +7,14 @@ __all__ = ['ARMS', 'PID_ARMS', 'CONTRASTIVE', 'PROBE_PAIRS', 'AUDIT_PAIRS', 'PRO
            'ControlledConfig', 'controlled_config', 'controlled_id', 'bound', 'Arm', 'probes', 'run_controlled',
            'load_controlled', 'main']
 
-# %% ../nbs/07_controlled_benchmark.ipynb #1f3ea67c
-import argparse, dataclasses, hashlib, json, math, sys, time, warnings
+# %% ../nbs/07_controlled_benchmark.ipynb #52385f98
+import dataclasses, hashlib, json, math, sys, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .config import ConfigError, _check, _f, accepted, digest, project_root
+from .config import ConfigError, _check, _f, digest, from_dict, project_root, read_args
 from .controlled import TRUTH, Trifeature
 from .views import Policy, ViewMaker
 from .models import build_encoder, build_projector
@@ -63,10 +63,7 @@ class ControlledConfig:
 def controlled_config(given: dict, # field names and values
                      ) -> ControlledConfig:
     "A configuration from names and values; raises `ConfigError` on an unknown name or a value out of range."
-    names = [f.name for f in dataclasses.fields(ControlledConfig)]
-    for name in given:
-        if name not in names: raise ConfigError(str(name), given[name], f"the parameters are {', '.join(names)}")
-    return ControlledConfig(**given)
+    return from_dict(given, ControlledConfig)
 
 def controlled_id(config: ControlledConfig, # any
                  ) -> str:                  # 16 hexadecimal digits
@@ -259,13 +256,7 @@ def load_controlled(folder: str | Path | None = None, # default the project's da
 def main(argv: list | None = None, # default the process's arguments
         ) -> int:                  # exit status: 0; 2 bad input, 3 not finite
     "The command line; what goes wrong is one line on standard error."
-    parser = argparse.ArgumentParser(prog='python -m pid_ssl.controlled_benchmark', description='Train, probe and record one arm.', allow_abbrev=False)
-    for f in dataclasses.fields(ControlledConfig):
-        if f.name == 'force': parser.add_argument('--force', action='store_true', help=f.metadata['help'])
-        else: parser.add_argument(f'--{f.name}', help=f"{f.metadata['help']}; {accepted(f)}".replace('%', '%%'))
-    text = {f.name for f in dataclasses.fields(ControlledConfig) if f.type in (str, 'str')}
-    number = lambda v: v if isinstance(v, bool) else int(v) if v.lstrip('-').isdigit() else float(v) if v.replace('e-', '').lstrip('-').replace('.', '', 1).isdigit() else v
-    try: run_controlled(controlled_config({k: v if k in text else number(v) for k, v in vars(parser.parse_args(argv)).items() if v is not None}))
+    try: run_controlled(read_args(argv, ControlledConfig, 'python -m pid_ssl.controlled_benchmark', 'Train, probe and record one arm.'))
     except ConfigError as e: print(f'error: {e}', file=sys.stderr); return 2
     except NonFiniteLoss as e: print(f'error: {e}', file=sys.stderr); return 3
     return 0

@@ -7,14 +7,14 @@ __all__ = ['TUNED', 'TWO_VIEW', 'DENSE', 'TASK_NAMES', 'FINETUNE', 'TASKS', 'LOA
            'resolve_downstream', 'Measured', 'load_measured', 'load_labelled', 'downstream_id', 'downstream_folder',
            'run_downstream', 'load_downstream', 'downstream_args', 'main']
 
-# %% ../nbs/07_downstream.ipynb #90dd737b
-import argparse, dataclasses, importlib.util, sys, tempfile, time, warnings
+# %% ../nbs/07_downstream.ipynb #b23449b2
+import dataclasses, importlib.util, sys, tempfile, time, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import nn
-from .config import POLICIES_BY_DATASET, ConfigError, _check, _f, accepted, digest, project_root
+from .config import POLICIES_BY_DATASET, ConfigError, _check, _f, digest, from_dict, project_root, read_args
 from .data import POLICIES, DataError, Dataset, Policy, ViewMaker, load_dataset
 from .data_dense import load_detection, load_segmentation
 from .evaluate import calibrate_batchnorm, evaluate_encoder
@@ -68,10 +68,7 @@ class DownstreamConfig:
 def downstream_config(given: dict, # field names and values
                      ) -> DownstreamConfig:
     "A configuration from names and values; raises `ConfigError` on an unknown name or a value out of range."
-    names = [f.name for f in dataclasses.fields(DownstreamConfig)]
-    for name in given:
-        if name not in names: raise ConfigError(str(name), given[name], f"the parameters are {', '.join(names)}")
-    return DownstreamConfig(**given)
+    return from_dict(given, DownstreamConfig)
 
 def _reads(config, f): return config.task in (f.metadata['losses'] or TASK_NAMES)
 
@@ -258,22 +255,7 @@ def load_downstream(folder: str | Path | None = None, # default the project's da
 def downstream_args(argv: list | None = None, # default the process's arguments
                    ) -> DownstreamConfig:     # validated
     "A `DownstreamConfig` from a command line; raises `ConfigError`."
-    parser = argparse.ArgumentParser(prog='python -m pid_ssl.downstream', description='Measure a pretrained encoder on one task and record it.', allow_abbrev=False)
-    kinds = {}
-    for f in dataclasses.fields(DownstreamConfig):
-        who = f" ({', '.join(f.metadata['losses'])})" if f.metadata['losses'] else ''
-        text = f"{f.metadata['help']}; {accepted(f)}{who}".replace('%', '%%')
-        kinds[f.name] = f.type if isinstance(f.type, str) else f.type.__name__
-        if kinds[f.name] == 'bool': parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, default=None, help=text)
-        else: parser.add_argument(f'--{f.name}', metavar=f.name.upper(), help=text)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    return downstream_config({k: _number(v) if kinds[k] in ('int', 'float') else v for k, v in given.items()})
-
-def _number(text):
-    for kind in (int, float):
-        try: return kind(text)
-        except ValueError: pass
-    return text
+    return read_args(argv, DownstreamConfig, 'python -m pid_ssl.downstream', 'Measure a pretrained encoder on one task and record it.')
 
 def main(argv: list | None = None, # default the process's arguments
         ) -> int:                  # exit status: 0; 2 bad input, 3 not finite, 4 not writable, 128 + signal when stopped

@@ -6,12 +6,12 @@
 __all__ = ['AUDIT_IMAGES', 'AUDIT_SEED', 'save_state', 'load_state', 'RunInterrupted', 'StopSignals', 'pretrain', 'parse_args',
            'main']
 
-# %% ../nbs/07_trainers.ipynb #4ce2b9d2
-import argparse, contextlib, dataclasses, math, os, signal, sys, threading, time, warnings
+# %% ../nbs/07_trainers.ipynb #e53df9fe
+import contextlib, dataclasses, math, os, signal, sys, threading, time, warnings
 from pathlib import Path
 import torch
 from tqdm import tqdm
-from .config import Config, ConfigError, accepted, from_dict, identity, resolve, unread
+from .config import Config, ConfigError, from_dict, identity, read_args, resolve, unread
 from .data import DataError, ViewMaker, load_dataset
 from .evaluate import calibrate_batchnorm, evaluate_encoder, pid_audit, raw_pixels
 from .models import CheckpointError, StorageError, load_checkpoint, remove_checkpoint, save_checkpoint, writing
@@ -291,21 +291,7 @@ def _require_finite(config, what, values):
 def parse_args(argv: list | None = None, # default the process's arguments
               ) -> Config:               # validated
     "A `Config` from a command line; raises `ConfigError`."
-    parser = argparse.ArgumentParser(prog='python -m pid_ssl.trainers', description='Pretrain, evaluate and record one run.', allow_abbrev=False)
-    for f in dataclasses.fields(Config):
-        text = f"{f.metadata['help']}; {accepted(f)}".replace('%', '%%')
-        if f.type in (bool, 'bool'): parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, default=None, help=text)
-        else: parser.add_argument(f'--{f.name}', metavar=f.name.upper(), help=text)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    return from_dict({k: _number(v) if k not in _text_fields() else v for k, v in given.items()})
-
-def _text_fields(): return {f.name for f in dataclasses.fields(Config) if f.type in (str, 'str')}
-
-def _number(text):
-    for kind in (int, float):
-        try: return kind(text) if isinstance(text, str) else text
-        except ValueError: pass
-    return text
+    return read_args(argv, Config, 'python -m pid_ssl.trainers', 'Pretrain, evaluate and record one run.')
 
 def main(argv: list | None = None, # default the process's arguments
         ) -> int:                  # exit status: 0; 2 bad input, 3 not finite, 4 not writable, 5 locked, 6 process lost, 128 + signal when stopped

@@ -1,10 +1,7 @@
 """Measuring encoders after pretraining: chance where there is nothing, the same encoder for everybody, one record for one measurement."""
-import ast
 import dataclasses
 import io
-import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -305,18 +302,6 @@ def test_settings_were_chosen_on_validation():
         whole = [t for t in tried.values() if set(t) == settings]
         assert len(settings) >= 4 and whole
         assert max(settings, key=lambda s: sum(t[s] for t in whole)) == tuple(downstream.FINETUNE[name][k] for k in ("epochs", "lr", "encoder_lr"))
-
-
-def test_parameters_cell_is_the_config():
-    cells = json.loads((ROOT / "nbs/run_downstream.ipynb").read_text())["cells"]
-    (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    got = {}
-    for line in cell["source"]:
-        name, kind, value, comment = re.fullmatch(r"(\w+): (\w+) = (.+?)  # (.+)\n?", line).groups()
-        got[name] = kind, ast.literal_eval(value)
-        assert comment.startswith(DownstreamConfig.__dataclass_fields__[name].metadata["help"])
-    want = {f.name: (f.type if isinstance(f.type, str) else f.type.__name__, f.default) for f in dataclasses.fields(DownstreamConfig)}
-    assert got == want and list(got) == list(want)
 
 
 def test_papermill_refuses_an_unknown_name(tmp_path):

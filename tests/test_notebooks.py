@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from pid_ssl.config import Config
 from pid_ssl.controlled_benchmark import ControlledConfig
+from pid_ssl.downstream import DownstreamConfig
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(p.stem for p in (ROOT / "pid_ssl").glob("[a-z]*.py"))
@@ -33,7 +34,7 @@ def test_small_and_readable(path):
             assert all(a.name != "*" for a in node.names), "no wildcard imports"
 
 
-ENTRIES = {"run_experiment": Config, "run_controlled": ControlledConfig}
+ENTRIES = {"run_experiment": Config, "run_controlled": ControlledConfig, "run_downstream": DownstreamConfig}
 
 
 @pytest.mark.parametrize("name", ENTRIES)
