@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 from conftest import ROOT
@@ -73,7 +74,7 @@ def test_one_command_restores_every_byte(clone):
     assert not other
     assert (clone / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()
     if not PICTURES:
-        pytest.skip("tables are the same; pictures are exact under tests/constraints.txt only")
+        warnings.warn("the tables are the same; pictures were not compared, they are exact under tests/constraints.txt only")
 
 
 def test_a_changed_record_rebuilds_what_depends_on_it(clone, monkeypatch):
