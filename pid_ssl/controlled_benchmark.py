@@ -22,7 +22,7 @@ from .losses import WMSE, BarlowTwins, PIDLoss, standardise
 from .pid import pid_samples
 from .pid_critics import infonce
 from .evaluate import calibrate_batchnorm, linear_probe, mlp_probe
-from .runs import RunRecord, home_folder, load_record, peak_memory, provenance
+from .runs import RunRecord, home_folder, load_record, peak_memory, provenance, recorded_config
 from .trainers_base import NonFiniteLoss, default_threads, learning_rate
 
 # %% ../nbs/07_controlled_benchmark.ipynb #b054d6d2
@@ -241,7 +241,7 @@ def run_controlled(config: ControlledConfig, # what to run
     metrics |= probes(control, data, views, 'control_', audit=False)
     about |= dict(dataset_note=f'bimodal Trifeature, our drawing, {c.image_size} px', train_seconds=round(trained, 2), wall_seconds=round(time.perf_counter() - start, 2),
                   cpu_seconds=round(time.process_time(), 2), image_passes=c.steps*c.batch_size*4*3, peak_memory_bytes=peak_memory('cpu'))
-    record = RunRecord(rid, 'finished', dataclasses.asdict(c), metrics, history, about)
+    record = RunRecord(rid, 'finished', recorded_config(c), metrics, history, about)
     print('test: ' + ', '.join(f"{k.removeprefix('test_')} {v:.1f}" for k, v in metrics.items() if k.startswith('test_') and 'pid' not in k) + f'; record {record.save(folder)}', flush=True)
     return record
 

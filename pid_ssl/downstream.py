@@ -24,7 +24,7 @@ from .evaluate_labels import finetune, light_policy, low_label
 from .evaluate_segmentation import DEFAULTS as SEGMENTATION_DEFAULTS, segmentation
 from .evaluate_views import audit_encoder, two_view_readout
 from .models import CheckpointError, StorageError, build_encoder, load_checkpoint, load_encoder, writing
-from .runs import RecordError, RunRecord, checkpoint_folder, home_folder, load_record, other_data, peak_memory, provenance
+from .runs import RecordError, RunRecord, checkpoint_folder, home_folder, load_record, other_data, peak_memory, provenance, recorded_config
 from .trainers import AUDIT_SEED, RunInterrupted, StopSignals
 from .trainers_base import default_threads, device_class
 
@@ -229,8 +229,7 @@ def run_downstream(config: DownstreamConfig, # what to measure
     with writing(path.parent):  # a folder that takes no record is found out before the work
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
-    told = dataclasses.replace(c, home=None, data_dir=None)  # folders of one machine say nothing elsewhere
-    record = RunRecord(rid, 'finished', dataclasses.asdict(told), provenance=provenance(told, dataset.content_hash, device) | dict(encoder=about, dataset_note=dataset.note, images={s: len(x) for s, x in dataset.images.items()}))
+    record = RunRecord(rid, 'finished', recorded_config(c), provenance=provenance(c, dataset.content_hash, device) | dict(encoder=about, dataset_note=dataset.note, images={s: len(x) for s, x in dataset.images.items()}))
     print(f"{c.task} {rid}: {c.weights} encoder of run {c.run} ({about.get('loss', 'no objective')}) on {dataset.note}, {images} training images", flush=True)
     passes = 0
     def count(module, inputs, output):

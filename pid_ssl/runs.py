@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATUSES', 'home_folder', 'runs_folder', 'checkpoint_folder', 'run_id', 'RecordError', 'RunRecord', 'load_record',
            'find_record', 'load_records', 'other_data', 'RunLocked', 'lock_run', 'git_state', 'device_name',
-           'provenance', 'peak_memory']
+           'recorded_config', 'provenance', 'peak_memory']
 
 # %% ../nbs/06_runs.ipynb #bb24b34a
 import atexit, contextlib, dataclasses, functools, importlib.metadata, json, math, os, platform, re, shutil, subprocess, sys, tempfile, time, warnings
@@ -197,13 +197,18 @@ def device_name(device_class: str, # 'cpu', 'cuda' or 'mps'
     except OSError: model = None
     return model.group(1).strip() if model else platform.processor() or platform.machine()
 
+def recorded_config(config: object, # `Config`, or the dataclass of another experiment
+                   ) -> dict:
+    "A config as a record keeps it: folders of one machine say nothing on another."
+    return {k: None if k in ('home', 'data_dir') else v for k, v in dataclasses.asdict(config).items()}
+
 def provenance(config: Config,     # resolved
                dataset_hash: str,  # content hash
                device_class: str,  # 'cpu', 'cuda' or 'mps'
               ) -> dict:           # what is known before the run starts
     "Hashes, versions and device of a run."
     versions = {p: importlib.metadata.version(p) for p in ('torch', 'torchvision', 'numpy', 'scikit-learn')}
-    return dict(config_hash=digest(dataclasses.asdict(config)), source_hash=source_hash(), dataset_hash=dataset_hash, **git_state(),
+    return dict(config_hash=digest(recorded_config(config)), source_hash=source_hash(), dataset_hash=dataset_hash, **git_state(),
                 versions={'python': platform.python_version(), **versions}, device=device_class, device_name=device_name(device_class),
                 threads=torch.get_num_threads(), started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
 
@@ -217,7 +222,7 @@ def peak_memory(device_class: str, # 'cpu', 'cuda' or 'mps'
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024
 
-# %% ../nbs/06_runs.ipynb #5a3e0c12
+# %% ../nbs/06_runs.ipynb #b184de24
 def __getattr__(name):
     if name not in ('expand', 'read_sweep', 'run_sweep', 'submit_sweep', 'SweepFailed', 'SweepStopped'): raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from pid_ssl import runs_sweep

@@ -15,7 +15,7 @@ from .config import Config, ConfigError, from_dict, identity, read_args, resolve
 from .data import DataError, ViewMaker, load_dataset
 from .evaluate import calibrate_batchnorm, evaluate_encoder, pid_audit, raw_pixels
 from .models import CheckpointError, StorageError, load_checkpoint, remove_checkpoint, save_checkpoint, writing
-from .runs import RecordError, RunLocked, RunRecord, checkpoint_folder, find_record, home_folder, lock_run, other_data, peak_memory, provenance, run_id, runs_folder
+from .runs import RecordError, RunLocked, RunRecord, checkpoint_folder, find_record, home_folder, lock_run, other_data, peak_memory, provenance, recorded_config, run_id, runs_folder
 from .trainers_ddp import ProcessLost, check_processes, join_processes, leave_when_stuck
 from .trainers_base import NonFiniteLoss, Pretraining, build_embed, default_threads, device_class, learning_rate, synergy_strength
 
@@ -263,13 +263,13 @@ def _run(config, dataset, device, rid, about, stop, group):
         metrics |= {f'{config.eval_on}_{k}': v for k, v in pid_audit(state.embed, dataset.images[config.eval_on], final_views).items()}
         _require_finite(config, 'final evaluation', metrics)
     except NonFiniteLoss as e:
-        if group.first: RunRecord(rid, 'failed', dataclasses.asdict(config), {}, state.history, {**about, 'failure': str(e)}).save(runs_folder(config))
+        if group.first: RunRecord(rid, 'failed', recorded_config(config), {}, state.history, {**about, 'failure': str(e)}).save(runs_folder(config))
         raise
     finally: bar.close()
     about |= dict(processes=group.size, dataset_note=dataset.note, images={s: len(x) for s, x in dataset.images.items()}, train_seconds=round(trained, 2), wall_seconds=round(time.perf_counter() - start, 2),
                   images_per_second=round((state.step - made)*config.batch_size/seconds, 1) if seconds else None, image_passes=state.image_passes(),
                   resumed_after_epoch=first, peak_memory_bytes=peak_memory(device))
-    record = RunRecord(rid, 'finished', dataclasses.asdict(config), metrics, state.history, about)
+    record = RunRecord(rid, 'finished', recorded_config(config), metrics, state.history, about)
     # the weights first: a record promises that they are there
     header = dict(config=dataclasses.asdict(config), epoch=config.epochs)
     save_checkpoint(folder/'final', {'encoder': state.embed[0].state_dict(), 'projector': state.embed[1].state_dict()}, header)

@@ -168,7 +168,7 @@ def test_records_are_of_their_own_kind(home, monkeypatch):
         load_record(path)
     # the same seed again, from the beginning: the same numbers
     before = record.metrics
-    again = run_controlled(controlled_config({**record.config, "force": True}))
+    again = run_controlled(controlled_config({**record.config, "home": str(home), "force": True}))
     assert again.metrics == before and again.provenance["image_passes"] == 2*16*4*3
 
 

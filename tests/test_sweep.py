@@ -151,6 +151,8 @@ def test_an_interrupted_sweep_ends_with_the_same_records(undisturbed, tmp_path):
     assert [x for x in lines if "finished in" in x][-1].startswith("[4/4] loss=barlow_seed=0: ")
     assert process.wait(60) == 0, process.stderr.read()
     assert results(home) == want and not orphan.is_running()
+    configs = [r.config for r in load_records(home / "data/runs")]
+    assert len(configs) == 4 and all(c["home"] is None and c["data_dir"] is None for c in configs), "a record names no folder of this machine"
     assert not list(home.rglob("epoch-*")) and not list(home.rglob("*tmp*"))
 
 
