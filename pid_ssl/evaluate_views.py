@@ -12,7 +12,7 @@ from .data import Dataset, ViewMaker
 from .evaluate import check_labels, extract_features, linear_probe, mlp_probe
 from .pid_base import PID
 from .pid_discrete import pid_discrete
-from .pid_quantised import count_table, quantise
+from .pid_quantised import count_pid, quantise
 from .pid_samples import NAMES, confidence_interval, named, pid_samples
 
 # %% ../nbs/05_evaluate_views.ipynb #720e6bd0
@@ -65,16 +65,16 @@ def label_pid(h1: torch.Tensor,        # (n, f) features of view 1
     n, g = len(labels), torch.Generator().manual_seed(seed)
     if n < 8: raise ValueError(f'labels: got {n}; accepted: at least 8 images')
     c1, c2 = quantise(h1, codes, seed), quantise(h2, codes, seed)
-    def plain(i, y):
-        pid = pid_discrete(count_table(c1[i], c2[i], y[..., i]), 'broja', 2)
-        return named(PID(*pid[:4], pid.gap))
-    extrapolate = lambda i, y: 2*plain(i, y) - (plain(i[:n//2], y) + plain(i[n//2:], y))/2
+    def read(i, y):
+        atoms, whole = count_pid(c1[i], c2[i], y[..., i], 'broja', 2)
+        return [named(PID(*a.unbind(-1), whole.gap)) for a in (atoms, whole.atoms)]
+    extrapolate = lambda i, y: read(i, y)[0]
     order = torch.randperm(n, generator=g)
     null = extrapolate(order, labels[torch.stack([torch.randperm(n, generator=g) for _ in range(permutations)])])
     # a resample comes in random order, the images as they are do not
     measure = lambda i: extrapolate(order if torch.equal(i, torch.arange(n)) else i, labels)
     interval = confidence_interval(measure, n, 'bootstrap', replicates=replicates, seed=seed)
-    columns = (measure(torch.arange(n)), null.mean(0), null.quantile(0.95, 0), plain(order, labels))
+    columns = (measure(torch.arange(n)), null.mean(0), null.quantile(0.95, 0), read(order, labels)[1])
     return {k: dict(zip(('estimate', 'null_mean', 'null_95', 'plain'), (v[j].item() for v in columns)), low=interval[k][0].item(), high=interval[k][1].item()) for j, k in enumerate(NAMES)}
 
 # %% ../nbs/05_evaluate_views.ipynb #1905b190

@@ -17,7 +17,7 @@ from .pid_critics import fit_infonce
 from .pid_gaussian import posterior_ratios
 from .pid_information import coordinate_correlations, gaussian_mi_bias, gaussian_information, sample_covariance
 from .pid_information import scalar_information
-from .pid_quantised import pid_codes, quantise
+from .pid_quantised import count_pid, pid_codes, quantise
 
 # %% ../nbs/01_pid_samples.ipynb #4a9de96c
 NAMES = ("redundancy", "unique1", "unique2", "synergy", "i1", "i2", "joint")
@@ -104,6 +104,7 @@ def pid_samples(
     reduce: str = "sum",  # coordinate: sum or mean over coordinates
     codes: int = 8,  # quantised: k-means cells of each variable that is not a label
     permutations: int = 20,  # quantised: shuffles of the target whose mean is subtracted; 0 for none
+    extrapolate: bool = True,  # quantised: remove the bias of order 1/n by halves of the samples, before the shuffles
     seed: int = 0,  # of k-means, permutations, critics, and replicates
     **critic,  # infonce: options of `fit_infonce`
 ) -> PID:
@@ -130,11 +131,14 @@ def pid_samples(
     elif estimator == "quantised":
         c1, c2 = quantise(z1, codes, seed), quantise(z2, codes, seed)
         ct = quantise(t, codes, seed) if labels is None else labels
-        result = pid_codes(c1, c2, ct, measure, base, permutations, seed)
+        result = pid_codes(c1, c2, ct, measure, base, permutations, seed, extrapolate)
         null, info = result.info["null"], result.info
+        # replicates come in random order; so do the samples, and as they did in `pid_codes`
+        mixed = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(c1.device)
+        c1, c2, ct = (torch.unique(c, return_inverse=True)[1][mixed] for c in (c1, c2, ct))
         def run(i):
-            raw = pid_codes(c1[i], c2[i], ct[i], measure, base, 0, seed)
-            return PID(*(x - y for x, y in zip(raw[:4], null.unbind(-1))), raw.gap)
+            atoms, raw = count_pid(c1[i], c2[i], ct[i], measure, base, extrapolate)
+            return PID(*(atoms - null).unbind(-1), raw.gap)
     elif estimator == "coordinate":
         if not z1.shape == z2.shape == t.shape:
             raise ValueError(f"coordinate pairs up coordinates: z1, z2, t have {z1.shape[1]}, {z2.shape[1]}, {t.shape[1]}")

@@ -89,7 +89,44 @@ def test_permutation_null():
     c1, c2, label = (torch.randint(k, (10_000,), generator=g) for k in (50, 50, 10))
     pid = pid_codes(c1, c2, label, permutations=4)
     assert 0.9 < pid.info["raw"].sum() < 1.3  # a nat out of nothing
-    assert pid.joint.abs() < 0.02 and (pid.info["raw"] - pid.info["null"] - pid.atoms).abs().max() < 1e-12
+    assert pid.joint.abs() < 0.02 and (pid.info["extrapolated"] - pid.info["null"] - pid.atoms).abs().max() < 1e-12
+    plain = pid_codes(c1, c2, label, permutations=4, extrapolate=False)
+    assert plain.joint.abs() < 0.02 and torch.equal(plain.info["extrapolated"], plain.info["raw"])
+
+
+@pytest.mark.parametrize("options", [{}, {"permutations": 0}])
+def test_clear_synergy_survives_the_corrections(options):
+    "16 x 16 cells whose parity is the label, one bit; the null alone takes a fifth of it"
+    g = generator()
+    c1, c2 = torch.randint(16, (2, 1000), generator=g)
+    label = (c1 > 7).long() ^ (c2 > 7).long()
+    assert pid_codes(c1, c2, label, base=2, extrapolate=False).synergy < 0.85
+    pid = pid_codes(c1, c2, label, base=2, **options)
+    assert abs(pid.synergy - 1) < 0.05 and pid.atoms[:3].abs().max() < 0.02
+
+
+def test_halves_are_random():
+    g = generator()
+    c1, c2 = torch.randint(4, (2, 2000), generator=g)
+    label = (c1 > 1).long() ^ (c2 > 1).long()
+    order = label.argsort()  # first half: one label, where nothing is to be known
+    mixed, sorted_ = (pid_codes(c1[i], c2[i], label[i], base=2, permutations=2) for i in (torch.arange(2000), order))
+    assert abs(sorted_.synergy - mixed.synergy) < 0.02 and abs(sorted_.synergy - 1) < 0.05
+
+
+def test_interval_is_around_the_estimate():
+    z = known_views(500, 1, 0.6)
+    for options in ({}, {"extrapolate": False}):
+        pid = pid_samples(*z, "quantised", codes=4, permutations=2, interval="bootstrap", replicates=5, **options)
+        for name in NAMES:
+            assert pid.interval[name].mean() == pytest.approx(getattr(pid, name).item(), abs=1e-9)
+
+
+def test_extrapolation_needs_two_samples_a_half():
+    code = torch.tensor([0, 1, 0])
+    with pytest.raises(ValueError, match=r"n=3 samples: .*at least 4; extrapolate=False"):
+        pid_codes(code, code, code)
+    assert pid_codes(code, code, code, permutations=0, extrapolate=False).redundancy > 0.6
 
 
 def test_labels_are_taken_as_they_are():
