@@ -119,6 +119,72 @@ class _Newton:
         da = torch.linalg.solve_triangular(self.root_a.mT, y - self.x @ db.unsqueeze(1), upper=True).squeeze(-1)
         return da * self.m1, db.view(B, n2, nt) * self.m2
 
+# %% ../nbs/01_pid_broja.ipynb #703cba98
+class _Wide:
+    """Newton matrix of a batch for many values of t: one block of size n1 + n2 for each t, and a term of rank n1 n2 that joins them
+
+    Solved by conjugate gradients, preconditioned by its Woodbury inverse, which leaves them little to do."""
+
+    def __init__(self, w, s, r, cell, m1, m2, pin, refine):
+        B, n1, n2, nt = r.shape
+        self.w, self.r, self.k, self.m1, self.m2 = w, r, torch.where(cell, w / s - w, 0), m1, m2
+        self.rt = rt = r.permute(0, 3, 1, 2).contiguous()  # (B, nt, n1, n2)
+        wr = rt * w.unsqueeze(1)
+        masses = wr.sum(3), wr.sum(2)
+        self.pinned = masses[1].transpose(1, 2) * pin
+        on = torch.cat([m1, m2], 1).transpose(1, 2)
+        diagonal = torch.where(on, torch.cat([masses[0], masses[1] * (1 + pin.transpose(1, 2))], -1), 1)
+        scale = diagonal.clamp_min(TINY).rsqrt()
+        scale = scale.unsqueeze(-1) * scale.unsqueeze(-2)
+        block = r.new_zeros(B, nt, n1 + n2, n1 + n2)
+        block[..., :n1, n1:], block[..., n1:, :n1] = wr, wr.mT
+        block *= scale
+        torch.diagonal(block, dim1=-2, dim2=-1).fill_(1 + 1e-13)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(block)[0]) * scale
+        # column (i, j) of the joining term is r_ij (e_i + f_j) for every t; this is the block inverse of it
+        joint = (self.inverse[..., :n1].unsqueeze(-1) + self.inverse[..., n1:].unsqueeze(-2)) * rt.unsqueeze(2)
+        self.joint = joint.reshape(B, nt, n1 + n2, n1 * n2)
+        across_i, across_j = self.joint[:, :, :n1].transpose(1, 2), self.joint[:, :, n1:].transpose(1, 2)
+        small = (r @ across_i).reshape(B, n1 * n2, n1 * n2)  # (B, n1, n2, nt) @ (B, n1, nt, n1 n2)
+        small += (r.transpose(1, 2) @ across_j).transpose(1, 2).reshape(B, n1 * n2, n1 * n2)
+        self.weight = self.k.reshape(B, -1, 1)
+        small = self.weight * small
+        torch.diagonal(small, dim1=-2, dim2=-1).add_(1)
+        self.root = torch.linalg.lu_factor_ex(small)[:2]
+
+    def _apply(self, da, db):
+        du = _pair(da, db) * self.r
+        du = du * self.w.unsqueeze(-1) + self.r * (self.k * du.sum(-1)).unsqueeze(-1)
+        return du.sum(2) * self.m1, du.sum(1) * self.m2 + self.pinned * db
+
+    def _invert(self, ra, rb):
+        n1 = ra.shape[1]
+        y = (self.inverse @ torch.cat([ra, rb], 1).transpose(1, 2).unsqueeze(-1)).squeeze(-1)
+        cells = ((y[..., :n1].unsqueeze(-1) + y[..., n1:].unsqueeze(-2)) * self.rt).sum(1).reshape(len(y), -1, 1)
+        y = y - (self.joint @ torch.linalg.lu_solve(*self.root, self.weight * cells).unsqueeze(1)).squeeze(-1)
+        return y[..., :n1].transpose(1, 2) * self.m1, y[..., n1:].transpose(1, 2) * self.m2
+
+    def solve(self, rhs_a, rhs_b, tol=1e-9, max_iter=30):
+        def dot(x, y): return sum((a * b).sum((-1, -2)) for a, b in zip(x, y))
+        def move(x, size, y): return [a + _each(size) * b for a, b in zip(x, y)]
+        rhs = rhs_a * self.m1, rhs_b * self.m2
+        x = self._invert(*rhs)
+        left, goal = [a - b for a, b in zip(rhs, self._apply(*x))], tol**2 * dot(rhs, rhs)
+        d = z = self._invert(*left)
+        slope = dot(left, z)
+        for _ in range(max_iter):
+            wanting = dot(left, left) > goal
+            if not wanting.any():
+                break
+            image = self._apply(*d)
+            curve = dot(d, image)
+            size = torch.where(wanting & (curve > 0), slope / curve.clamp_min(TINY), 0)
+            x, left = move(x, size, d), move(left, -size, image)
+            z, before = self._invert(*left), slope
+            slope = dot(left, z)
+            d = move(z, torch.where(before > 0, slope / before.clamp_min(TINY), 0).clamp_min(0), d)
+        return x
+
 
 def _step_length(x, dx):
     return torch.where(dx < 0, -x / dx, math.inf).amin((-1, -2))
@@ -139,7 +205,8 @@ def solve_broja(
         u = solve_broja(p2, p1, tol, max_iter)
         return BrojaSolution(u.value, u.gap, u.q.transpose(1, 2), u.b, u.a, u.iterations)
     full1, full2 = p1, p2
-    n2 = p2.shape[1]
+    n2, nt = p2.shape[1:]
+    wide = nt > max(16, 1.25 * p1.shape[1])  # where its measured time is less
     # drop what is too small to see, a whole row or column of a table, and renormalise the other side to match
     keep1, keep2 = p1 > SMALLEST, p2 > SMALLEST
     both = (keep1.any(1, keepdim=True) & keep2.any(1, keepdim=True))
@@ -182,7 +249,7 @@ def solve_broja(
         res1 = torch.where(m1, mass1 * (_log(p1) - mass1.clamp_min(TINY).log()), 0)
         res2 = torch.where(m2, mass2 * (_log(p2) - mass2.clamp_min(TINY).log()), 0)
         # near the end the matrix is nearly singular: one step of iterative refinement
-        newton = _Newton(w, s, r, cell, m1, m2, pin, bool((mu < 1e-6).any()))
+        newton = (_Wide if wide else _Newton)(w, s, r, cell, m1, m2, pin, bool((mu < 1e-6).any()))
         res_g = torch.where(cell, g + s, 0)
 
         def direction(target):  # target: wanted change of the products w s

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pid_ssl.pid import discrete_information, pid_discrete
+from pid_ssl import pid_broja
 from pid_ssl.pid_broja import conditional_entropy, round_to_marginals, solve_broja
 
 CHECKS = settings(max_examples=60, deadline=None, derandomize=True)
@@ -158,3 +159,38 @@ def test_invalid_options():
         pid_discrete(p, "iccs")
     with pytest.raises(ValueError, match="base=1"):
         pid_discrete(p, base=1)
+
+
+def hard_tables(kind, n1, n2, nt, count=6):
+    g = torch.Generator().manual_seed(7)
+    rand = lambda *shape: torch.rand(*shape, generator=g, dtype=torch.float64)
+    if kind == "sparse":
+        p = rand(count, n1, n2, nt) ** 8 * (rand(count, n1, n2, nt) < 0.3)
+    elif kind == "function":  # of the sources, on some of their cells
+        t = torch.randint(nt, (count, n1, n2), generator=g)
+        on = (rand(count, n1, n2, 1) < 0.7).index_fill(1, torch.tensor([0]), True)
+        p = torch.nn.functional.one_hot(t, nt) * (rand(count, n1, n2, 1) * on)
+    elif kind == "copy":  # the second source is the first, but for next to nothing
+        slip = rand(count, 1, 1, 1) ** 8
+        p = (torch.eye(n1, n2, dtype=torch.float64)[None, :, :, None] * (1 - slip) + slip / n2) * rand(count, n1, 1, nt) ** 8
+    return p / p.sum((1, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 24), (8, 8, 20), (5, 9, 40), (9, 3, 17)])
+@pytest.mark.parametrize("kind", ["sparse", "function", "copy"])
+def test_both_newton_matrices_solve_hard_tables(kind, shape, monkeypatch):
+    p = hard_tables(kind, *shape)
+    made = {}
+    for name in ("_Newton", "_Wide"):
+        with monkeypatch.context() as m:
+            m.setattr(pid_broja, "_Newton", getattr(pid_broja, name))
+            m.setattr(pid_broja, "_Wide", getattr(pid_broja, name))
+            made[name] = solve_broja(p.sum(2), p.sum(1))
+    assert max(u.gap.max() for u in made.values()) < 1e-8 and made["_Wide"].gap.max() < 1e-9
+    assert (made["_Newton"].value - made["_Wide"].value).abs().max() < 1e-8
+
+
+def test_many_values_of_the_target_take_the_wide_matrix(monkeypatch):
+    monkeypatch.setattr(pid_broja, "_Newton", None)
+    p = hard_tables("sparse", 4, 4, 200, count=1)
+    assert solve_broja(p.sum(2), p.sum(1)).gap.max() < 1e-9
