@@ -45,6 +45,9 @@ def pid_speed_table(record: dict, # pid_speed
     size, loose = f"{b['tables']} tables 4x4x4, {b['sparse']} sparse", b['pid_discrete_tol_1e-7_s']
     rows = [('BROJA, other: dit cone', size, f"{b['pid_discrete_s']:.3f}", f"{b['dit_s']:.1f}", f"{b['ratio']:.0f}", f"{b['largest_difference_bits']:.1e} bits"),
             ('the same to a gap of 1e-7 nats', size, f'{loose:.3f}', f"{b['dit_s']:.1f}", f"{b['dit_s']/loose:.0f}", 'by certificate')]
+    for r in record['labels']:
+        other = (f"{r['dit_cpu_s']:.1f}", f"{r['dit_cpu_s']/r['pid_discrete_cpu_s']:.0f}", f"{r['difference_bits']:.1e} bits") if 'dit_cpu_s' in r else ('not measured', '', 'by certificate')
+        rows.append(('BROJA, other: dit cone, processor time', f"1 table {'x'.join(map(str, r['cells']))}x{r['labels']}", f"{r['pid_discrete_cpu_s']:.3f}", *other))
     for g in record['gaussian']:
         rows.append(('Gaussian union information, other: L-BFGS search, one start', f"d1 = d2 = dt = {g['d']}", f"{g['closed_form_s']:.4f}",
                      f"{g['search_s']:.1f}", f"{g['search_s']/g['closed_form_s']:.0f}", f"{g['excess_nats']:+.1e} nats"))
