@@ -196,7 +196,7 @@ def test_notebooks_of_a_sweep(tmp_path):
     assert len(history) == TINY["epochs"]
 
 
-RECIPES = {"ablations": "ablations", "cifar10": "cifar10_cpu_results", "beta_curve": "beta_table", "digits": "digits_results"}
+RECIPES = {"ablations": "ablations", "cifar10": "cifar10_cpu_results", "beta_curve": "beta_table", "digits": "digits_results", "digits_beta": "digits_beta_table"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs/sweeps").iterdir()), ids=lambda p: p.stem)
