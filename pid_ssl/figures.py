@@ -24,7 +24,7 @@ def frame(records: list, # of `RunRecord`
     rows = []
     for r in records:
         metrics = {re.sub(r'knn\d+_cosine', 'knn_cosine', k): v for k, v in r.metrics.items()}
-        cost = {k: r.provenance.get(k) for k in ('image_passes', 'train_seconds', 'cpu_seconds', 'device_name', 'device', 'dataset_note')}
+        cost = {k: r.provenance.get(k) for k in ('image_passes', 'train_seconds', 'device_name', 'device', 'dataset_note')}
         rows.append({**r.config, **metrics, **cost, 'run_id': r.run_id})
     out = pd.DataFrame(rows)
     order = {k: i for i, k in enumerate(NAMES)}

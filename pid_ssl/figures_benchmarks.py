@@ -134,7 +134,7 @@ def plot_calibration(record: dict, # pid_error
     dims, ways = sorted({r['d'] for r in record['rows']}), list(dict.fromkeys(r['estimator'] for r in record['rows']))
     colours, marks = sns.color_palette('colorblind'), 'osD^vP'
     dashes = ('-', (0, (4, 1)), (0, (1, 1)), '-.', '-', (0, (4, 1, 1, 1, 1, 1)))
-    fig, axes = plt.subplots(2, len(dims), figsize=(2*WIDTH, 3.6), sharex=True, sharey='row')
+    fig, axes = plt.subplots(2, len(dims), figsize=(2*WIDTH, 4.0), sharex=True, sharey='row')
     for column, d in enumerate(dims):
         for ax, atom in zip(axes[:, column], ('redundancy', 'synergy')):
             for i, way in enumerate(ways):
@@ -148,7 +148,7 @@ def plot_calibration(record: dict, # pid_error
             ax.axhline(0, color='0.8', lw=0.8, zorder=0)
             ax.set(xscale='log')
             ax.minorticks_off(); ax.set_xticks(ns, [f'{n:,}' for n in ns])
-        axes[0, column].annotate(f'd = {d}', (0.03, 0.99), xycoords='axes fraction', va='top', fontsize=8)
+        axes[0, column].annotate(f'd = {d}', (0.97, 0.03), xycoords='axes fraction', ha='right', va='bottom', fontsize=8)
         axes[1, column].set_xlabel('samples')
     for ax, atom in zip(axes[:, 0], ('redundancy', 'synergy')): ax.set_ylabel(atom)
     fig.supylabel('estimate / truth', fontsize=8)

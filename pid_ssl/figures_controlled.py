@@ -132,7 +132,7 @@ def trifeature_caption(records: list, # of one figure
     seeds = lambda p: (' to '.join(map(str, dict.fromkeys((span(p)[0], span(p)[-1])))) if span(p) else 'no') + f" seed{'' if span(p) == [1] else 's'}"
     steps, batch = ({str(r.config[k]) for r in records} for k in ('steps', 'batch_size'))
     values = lambda k, arms: ' or '.join(sorted({f'{r.config[k]:g}' for r in records if r.config['arm'] in arms}))
-    weights = [f'{k} = {v}' for k, v in (('beta', values('beta', ('pid_coordinate', 'pid_gaussian', 'pid_infonce'))), ('weight of the pairing', values('pairing_weight', ('pid_pairing',)))) if v]
+    weights = [f'{k} {v}' for k, v in (('PID losses with beta =', values('beta', ('pid_coordinate', 'pid_gaussian', 'pid_infonce'))), ('weight of the pairing', values('pairing_weight', ('pid_pairing',)))) if v]
     return (f"{', '.join(sorted({r.provenance['dataset_note'] for r in records}))}; {', '.join(sorted(steps))} steps of {', '.join(sorted(batch))} pairs, {seeds('independent')} an arm for R and U, {seeds('inside')} for S; "
             f"{'; '.join(weights) + '; ' if weights else ''}unseen combinations, S on balanced pairs; {', '.join(sorted({r.provenance['device_name'] for r in records}))}.")
 

@@ -33,10 +33,12 @@ def plot_plane(records: list, # of one dataset; one setting a loss
     x, y = np.linspace(left, right, 300), np.linspace(bottom, top, 300)
     a, c = np.meshgrid(x, y)
     fig, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 3.2), sharex=True, sharey=True)
-    panels = {'redundancy R': (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7), 'synergy S': (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25)}
-    for ax, (name, levels), atom in zip(axes, panels.items(), scalar_atoms(a, c)):
-        lines = ax.contour(a, c, np.where(c >= a*a, atom, np.nan), levels, colors='0.7', linewidths=0.7)
-        ax.clabel(lines, fontsize=6.5, colors='0.35', inline_spacing=2)
+    # where a level meets the floor, and has its label: R = -ln(1 - a²)/2, S = ln(1 + a²)/2
+    panels = {'redundancy R': ((0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7), lambda v: (1 - np.exp(-2*v))**0.5), 'synergy S': ((0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25), lambda v: (np.exp(2*v) - 1)**0.5)}
+    for ax, (name, (levels, meets)), atom in zip(axes, panels.items(), scalar_atoms(a, c)):
+        labelled = {v: m for v in levels if left < (m := meets(v)) < right - 0.06 and bottom + 0.04 < m*m < top}
+        if labelled: ax.contour(a, c, np.where(c >= a*a, atom, np.nan), list(labelled), colors='0.7', linewidths=0.7)
+        for v, m in labelled.items(): ax.annotate(f'{v:g}', (m, m*m), (3, -3), textcoords='offset points', va='top', fontsize=6.5, color='0.35')
         ax.plot(x, x**2, color='k', lw=1)
         ax.fill_between(x, x**2, bottom, where=x**2 >= bottom, color='0.93', lw=0)
         for loss, runs in paths.items():
