@@ -6,9 +6,8 @@
 __all__ = ['PANELS', 'PAIRS', 'setting', 'plot_beta', 'beta_table', 'ablation_table', 'headline_table']
 
 # %% ../nbs/08_figures_curves.ipynb #9ead0a8c
-import numpy as np
 from .config import from_dict, identity
-from .figures import NAMES, WIDTH, default_identity, frame, plotting, spread
+from .figures import NAMES, WIDTH, default_identity, frame, plotting, spread, value_of
 from .runs import RunRecord
 
 # %% ../nbs/08_figures_curves.ipynb #74feea76
@@ -19,18 +18,14 @@ def setting(record: RunRecord, # any
     c, skip = from_dict(record.config), ('seed', 'epochs', 'eval_on', *less)
     mine, plain = identity(c), default_identity(record.config)
     names = [k for k in (*mine, *(k for k in plain if k not in mine)) if mine.get(k) != plain.get(k) and k not in skip]
-    # a record older than the field did what the field calls `absent`
-    value = lambda k: c.__dataclass_fields__[k].metadata['absent'] if getattr(c, k) is None else getattr(c, k)
-    return ', '.join(f'{k} = {value(k):g}' if isinstance(value(k), float) else f'{k} = {value(k)}' for k in names) or 'default'
+    return ', '.join(f'{k} = {value_of(c, k):g}' if isinstance(value_of(c, k), float) else f'{k} = {value_of(c, k)}' for k in names) or 'default'
 
 # %% ../nbs/08_figures_curves.ipynb #10d2c1c8
 PANELS = {'linear_logreg': 'linear', 'knn5_euclidean': '5-NN', 'knn_cosine': 'kNN cosine'}
 
-def _last(records, key): return np.array([r.history[-1].get(key, np.nan) for r in records])
-
 def plot_beta(records: list, # of loss pid that differ in beta and seed, and optionally barlow's for comparison
              ):              # matplotlib Figure
-    "Accuracy, and the final correlations, against beta: every seed a dot, the mean a line."
+    "Accuracy, and the correlations after training, against beta: every seed a dot, the mean a line, Barlow Twins dotted."
     plt, _, _ = plotting()
     pid = [r for r in records if r.config['loss'] == 'pid']
     data, betas = frame(pid), sorted({r.config['beta'] for r in pid})
@@ -46,27 +41,25 @@ def plot_beta(records: list, # of loss pid that differ in beta and seed, and opt
         if len(others): top.axhline(others[f'{split}_{key}'].mean(), ls=':', lw=0.9, color=c)
     top.set(xlabel='beta', ylabel='accuracy (%)')
     if len(others): top.annotate('dotted: Barlow Twins', (0.0, 1.03), xycoords='axes fraction', fontsize=6.5, color='0.35')
-    at = {b: [r for r in pid if r.config['beta'] == b] for b in betas}
-    lines = {'a': [_last(at[b], 'a1').mean() for b in betas], 'c': [_last(at[b], 'c').mean() for b in betas],
-             'floor a²/c_T': [(_last(at[b], 'a1')**2/_last(at[b], 'c_t')).mean() for b in betas]}
-    for (name, y), style in zip(lines.items(), ('-', '-', '--')):
-        colour_ = {'a': 'C3', 'c': 'C4'}.get(name, '0.5')
-        bottom.plot(betas, y, style, color=colour_, lw=1.2, marker='o', ms=2.5, mew=0)
-        bottom.annotate(name, (betas[-1], y[-1]), (betas[-1] + 0.05, y[-1]), color=colour_, fontsize=7, va='center', annotation_clip=False)
-    bottom.set(xlabel='beta', ylabel='correlation, last epoch')
+    a, c = (data[f'{split}_pid_coordinate_{k}'] for k in 'ac')
+    for name, v, style, colour_ in (('a', a, '-', 'C3'), ('c', c, '-', 'C4'), ('floor a²', a**2, '--', '0.5')):
+        y = v.groupby(data.beta).mean()[betas]
+        bottom.plot(betas, y, style, color=colour_, lw=1.2)
+        if style == '-': bottom.plot(data.beta, v, 'o', ms=2.5, color=colour_, alpha=0.6, mew=0)
+        bottom.annotate(name, (betas[-1], y[betas[-1]]), (betas[-1] + 0.05, y[betas[-1]]), color=colour_, fontsize=7, va='center', annotation_clip=False)
+    bottom.set(xlabel='beta', ylabel='correlation, held-out views')
     return fig
 
 def beta_table(records: list, # of loss pid that differ in beta and seed
               ):              # pandas DataFrame of text
-    "Accuracy and final correlations by beta, mean ± standard deviation over seeds."
+    "Accuracy by beta, mean ± standard deviation over seeds, and correlations and atoms of the same split, means over seeds."
     _, _, pd = plotting()
     data, rows = frame(records), []
     split = data.eval_on.iloc[0]
     for beta in sorted(set(data.beta)):
-        d, runs = data[data.beta == beta], [r for r in records if r.config['beta'] == beta]
+        d = data[data.beta == beta]
         rows.append({'beta': f'{beta:g}', 'seeds': str(len(d)), **{name: spread(d[f'{split}_{k}']) for k, name in PANELS.items()},
-                     **{name: f"{_last(runs, key).mean():.3f}" for key, name in (('a1', 'a'), ('c', 'c'), ('c_t', 'c_T'))},
-                     'R': f"{d[f'{split}_pid_coordinate_redundancy'].mean():.3f}", 'S': f"{d[f'{split}_pid_coordinate_synergy'].mean():.3f}"})
+                     **{name: f"{d[f'{split}_pid_coordinate_{k}'].mean():.3f}" for k, name in (('a', 'a'), ('c', 'c'), ('redundancy', 'R'), ('synergy', 'S'))}})
     return pd.DataFrame(rows)
 
 # %% ../nbs/08_figures_curves.ipynb #58605d01
@@ -109,5 +102,5 @@ def headline_table(records: list, # of one dataset, preset and split: defaults o
                 d = a[f'{split}_{key}'] - b.loc[seeds, f'{split}_{key}']
                 half = stats.t.ppf(0.975, len(d) - 1)*d.std(ddof=1)/len(d)**0.5
                 rows.append({'comparison': f'{NAMES[ours]} - {NAMES[baseline]}', 'at': equal, 'image passes': f'{passes[0]/1e6:.2f} M, {passes[1]/1e6:.2f} M', 'metric': name, 'paired seeds': str(len(d)),
-                             'difference': f'{d.mean():+.2f}', '95 % interval': f'{d.mean() - half:+.2f} to {d.mean() + half:+.2f}', 'effect size d': f'{d.mean()/d.std(ddof=1):+.1f}'})
+                             'difference': f'{d.mean():+.2f}', '95 % interval': f'{d.mean() - half:+.2f} to {d.mean() + half:+.2f}', 'effect size d_z': f'{d.mean()/d.std(ddof=1):+.1f}'})
     return pd.DataFrame(rows)

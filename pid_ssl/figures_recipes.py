@@ -10,7 +10,7 @@ import math
 import numpy as np
 from .config import from_dict, identity
 from .data import VAL_SHARE
-from .figures import NAMES, default_identity, plotting
+from .figures import NAMES, default_identity, plotting, value_of
 
 # %% ../nbs/08_figures_recipes.ipynb #8646e46a
 def _given(record):
@@ -21,7 +21,7 @@ def _given(record):
     out = dict(loss=c.loss, dataset=c.dataset, preset=c.preset, eval_on=c.eval_on, seed=c.seed)
     # the betas of a curve include the preset's
     if c.loss == 'pid': out['beta'] = c.beta
-    return out | {k: getattr(c, k) if getattr(c, k) is not None else c.__dataclass_fields__[k].metadata['absent'] for k in names}
+    return out | {k: value_of(c, k) for k in names}
 
 def sweeps(records: list, # of `RunRecord`
           ) -> list:      # of (sweep, its records)
@@ -70,7 +70,7 @@ def recipe_table(records: list, # of `RunRecord`
         images = runs[0].provenance['images']['val']*(1 - VAL_SHARE)/VAL_SHARE
         span = lambda v, f: f(min(v)) if f(min(v)) == f(max(v)) else f'{f(min(v))} to {f(max(v))}'
         out.append({'sweep': ', '.join(f'{k}={v!r}' if k != '...' else v for k, v in sweep.items()), 'made from it': ', '.join(names), 'runs': str(len(runs)),
-                    'seconds a run': f'{np.mean(seconds):.0f}', 'hours in all': f'{sum(seconds)/3600:.1f}', 'device': ', '.join(sorted({r.provenance['device_name'] for r in runs})),
+                    'seconds a run (median)': f'{np.median(seconds):.0f}', 'hours in all': f'{sum(seconds)/3600:.1f}', 'device': ', '.join(sorted({r.provenance['device_name'] for r in runs})),
                     'image passes a run': span([r.provenance['image_passes'] for r in runs], lambda v: f'{v/1e6:.2f} M'),
                     'at full scale': span([k*images*FULL_EPOCHS for k in each], lambda v: f'{v/1e6:.0f} M'), 'seconds a run at full scale': 'not measured'})
     return pd.DataFrame(out)
@@ -80,4 +80,4 @@ def recipe_caption(records: list, # of `RunRecord`
     "What the cost columns mean, and the cost of everything."
     total = sum(r.provenance['train_seconds'] for r in records)/3600
     devices, threads = (sorted({str(r.provenance[k]) for r in records if k in r.provenance}) for k in ('device_name', 'threads'))
-    return f"Training seconds of one run on {', '.join(devices)}{' with ' + ' or '.join(threads) + ' thread' if threads else ''}, wall time without evaluation, other jobs on the machine; {len(records)} different runs, {total:.1f} hours in all. Full scale: {FULL_EPOCHS:,} epochs over all training images, image passes of one run computed, not run."
+    return f"Training seconds of one run, the median over its runs, on {', '.join(devices)}{' with ' + ' or '.join(threads) + ' thread' if threads else ''}, wall time without evaluation, other jobs on the machine; {len(records)} different runs, {total:.1f} hours in all. Full scale: {FULL_EPOCHS:,} epochs over all training images, image passes of one run computed, not run."

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ATOM_KEYS', 'STRENGTHS', 'scalar_atoms', 'plot_plane', 'setting_means', 'spearman_interval', 'plot_relation',
-           'relation_table', 'pid_table', 'plot_strength']
+           'relation_caption', 'relation_table', 'pid_table', 'plot_strength']
 
 # %% ../nbs/08_figures_relations.ipynb #bfbc6a60
 import numpy as np, torch
 from .config import digest, from_dict, identity
-from .figures import NAMES, WIDTH, colour, frame, ink, plotting
+from .figures import NAMES, TRACE, WIDTH, caption, colour, frame, ink, plotting
 from .figures_curves import PANELS, setting
 from .pid import scalar_information
 
@@ -27,21 +27,20 @@ def plot_plane(records: list, # of one dataset; one setting a loss
               ):              # matplotlib Figure
     "Contours of R and S over (a, c), and the way of each loss through training: mean over seeds, open at the first epoch, filled at the last."
     plt, sns, _ = plotting()
-    paths = {loss: runs for loss in NAMES if (runs := [[[row[f'val_pid_coordinate_{k}'] for row in r.history] for k in 'ac'] for r in records if r.config['loss'] == loss])}
+    paths = {loss: runs for loss in NAMES if (runs := [[[row[f'{TRACE}_{k}'] for row in r.history] for k in 'ac'] for r in records if r.config['loss'] == loss])}
     seen = np.concatenate([np.mean(runs, 0) for runs in paths.values()], 1)
     (left, bottom), (right, top) = np.clip(seen.min(1) - 0.1, 0, 1), np.clip(seen.max(1) + 0.1, 0, 1)
     x, y = np.linspace(left, right, 300), np.linspace(bottom, top, 300)
     a, c = np.meshgrid(x, y)
     fig, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 3.2), sharex=True, sharey=True)
-    # where a level meets the floor: R = -ln(1 - a²)/2, S = ln(1 + a²)/2
+    # where a level meets the floor, and has its label: R = -ln(1 - a²)/2, S = ln(1 + a²)/2
     panels = {'redundancy R': ((0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7), lambda v: (1 - np.exp(-2*v))**0.5), 'synergy S': ((0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25), lambda v: (np.exp(2*v) - 1)**0.5)}
     for ax, (name, (levels, meets)), atom in zip(axes, panels.items(), scalar_atoms(a, c)):
-        ax.contour(a, c, np.where(c >= a*a, atom, np.nan), levels, colors='0.7', linewidths=0.7)
+        labelled = {v: m for v in levels if left < (m := meets(v)) < right - 0.06 and bottom + 0.04 < m*m < top}
+        if labelled: ax.contour(a, c, np.where(c >= a*a, atom, np.nan), list(labelled), colors='0.7', linewidths=0.7)
+        for v, m in labelled.items(): ax.annotate(f'{v:g}', (m, m*m), (3, -3), textcoords='offset points', va='top', fontsize=6.5, color='0.35')
         ax.plot(x, x**2, color='k', lw=1)
         ax.fill_between(x, x**2, bottom, where=x**2 >= bottom, color='0.93', lw=0)
-        for v in levels:
-            m = meets(v)
-            if left < m < right - 0.06 and bottom + 0.04 < m*m < top: ax.annotate(f'{v:g}', (m, m*m), (3, -3), textcoords='offset points', va='top', fontsize=6, color='0.35')
         for loss, runs in paths.items():
             at = np.mean(runs, 0)
             ax.plot(*at, ls=(0, (4, 1.5)) if loss.startswith('pid') else '-', color=colour(loss), lw=1.3, label=f'{NAMES[loss]} ({len(runs)})')
@@ -94,7 +93,7 @@ def _families(means):
 
 def plot_relation(records: list, # of one dataset, preset and split
                  ):              # matplotlib Figure
-    "Linear accuracy against redundancy and synergy: a dot a run, a larger one the mean of a setting; rings joined by a line are the beta curve."
+    "Linear accuracy against redundancy and synergy: a small mark a run, a large one the mean of a setting, square where it was trained for fewer epochs; rings are other settings of PID, those of the beta curve joined by a line."
     plt, _, _ = plotting()
     data, means = frame(records), setting_means(records)
     split = data.eval_on.iloc[0]
@@ -111,13 +110,28 @@ def plot_relation(records: list, # of one dataset, preset and split
             ring = m[(m.loss == 'pid') & (m.setting != 'default')]
             solid = m.drop(ring.index)
             ax.plot(ring[atom], ring.linear_logreg, 'o', ms=5, mfc='w', mec=colour(loss), mew=1, zorder=2)
-            ax.plot(solid[atom], solid.linear_logreg, 'o', ms=6, mew=0.6, mec='w', color=colour(loss), zorder=3, label=NAMES[loss])
+            for mark, part in (('o', solid[solid.epochs == means.epochs.max()]), ('s', solid[solid.epochs < means.epochs.max()])):
+                ax.plot(part[atom], part.linear_logreg, mark, ms=6 if mark == 'o' else 5, mew=0.6, mec='w', color=colour(loss), zorder=3)
         lines = [f'{name} ({len(f)}): {r:+.2f} [{lo:+.2f}, {hi:+.2f}]' for name, f in _families(means).items() for r, lo, hi in [spearman_interval(f[atom], f.linear_logreg)]]
-        ax.annotate('rank correlation\n' + '\n'.join(lines), (0.98, 0.02), xycoords='axes fraction', ha='right', va='bottom', fontsize=6)
+        ax.annotate('rank correlation\n' + '\n'.join(lines), (0.98, 0.02), xycoords='axes fraction', ha='right', va='bottom', fontsize=6.5)
         ax.set(xlabel=f'{atom} (nats per coordinate)')
     axes[0].set_ylabel('linear accuracy (%)')
-    fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc='outside upper center', ncols=4, handlelength=1, columnspacing=1.5)
+    shown = [plt.Line2D([], [], ls='', marker='o', ms=6, mew=0.6, mec='w', color=colour(x), label=NAMES[x]) for x in NAMES if x in set(means.loss)]
+    fig.legend(handles=shown, frameon=False, loc='outside upper center', ncols=4, handlelength=1, columnspacing=1.5)
     return fig
+
+def relation_caption(records: list, # of one figure or table
+                    ) -> str:       # sentences
+    "The caption with what the settings are: which are in two families, and which losses count more than once."
+    means = setting_means(records)
+    families = _families(means)
+    both = sorted({NAMES[x] for x in families['losses'].loss[families['losses'].index.isin(families['beta curve'].index)]})
+    twice = {x: ' and '.join(map(str, sorted(d.epochs))) for x, d in families['losses'].groupby('loss') if len(d) > 1}
+    rest = [f"{NAMES[m.loss]} with {m.setting}" for m in means.drop(families['losses'].index.union(families['beta curve'].index)).itertuples()]
+    out = [f"The default of {' and '.join(both)} is in both families, the losses and the beta curve." if both else '',
+           *(f'{NAMES[x]} counts as {len(v.split(" and "))} settings ({v} epochs).' for x, v in twice.items()),
+           f"In neither family: {'; '.join(rest)}." if rest else '']
+    return ' '.join(filter(None, (*out, caption(records))))
 
 def relation_table(records: list, # of one dataset, preset and split
                   ):              # pandas DataFrame of text
