@@ -203,5 +203,5 @@ def published_caption(rows: str, # text of data/published.csv
     "What separates these rows from ours."
     ours, out = PRESETS['cpu'], published_table(rows)
     epochs = sorted(int(e) for e in out.epochs)
-    return (f"Read from the sources named, not measured here. Ours differ in everything that counts: a small net instead of a {' or '.join(sorted(set(out.network)))}, {ours['train_size']:,} images at {ours['image_size']} px instead of all at full size, "
+    return (f"Collected, some at second hand (see the column), and not measured here. Ours differ in everything that counts: a small net instead of a {' or '.join(sorted(set(out.network)))}, {ours['train_size']:,} images at {ours['image_size']} px instead of all at full size, "
             f"{ours['epochs']} epochs instead of {epochs[0]:,} to {epochs[-1]:,}, a lossy copy of CIFAR-10, an offline logistic regression with its strength chosen on validation, and the last epoch always.")
