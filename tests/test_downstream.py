@@ -242,10 +242,6 @@ def test_a_dense_folder_of_ones_own(colour):
     record = run_downstream(DownstreamConfig(**asked, task="segmentation", dataset="scenes", epochs=1))
     assert {f"test_scenes_frozen_iou_{n}" for n in ("background", "zero", "one")} <= set(record.metrics)
     assert measures([record]).measure.tolist() == ["scenes mIoU, frozen"]
-    pytest.importorskip("pycocotools")
-    (folder / "classes.txt").write_text("zero\none\n")
-    record = run_downstream(DownstreamConfig(**asked, task="detection", dataset="scenes", epochs=1))
-    assert measures([record]).measure.tolist() == ["scenes AP", "scenes AP50"]
 
 
 def test_raw_pixels_are_a_column(trained, tmp_path):
