@@ -248,7 +248,7 @@ def test_raw_pixels_are_a_column(trained, tmp_path):
     """Through the cells of make_figures, as a user's records come: of encoders, of controls, of pixels."""
     home, barlow, _ = trained
     for weights in ("pretrained", "untrained", "pixels"):
-        for task in ("classify", "two_view"):
+        for task in ("classify",):
             run_downstream(DownstreamConfig(run=barlow.run_id, weights=weights, task=task, home=str(home), threads=1))
     cells = json.loads((ROOT / "nbs/make_figures.ipynb").read_text())["cells"]
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
