@@ -65,11 +65,18 @@ class Dataset:
 # %% ../nbs/02_data.ipynb #45dd834a
 def split_indices(labels: np.ndarray,    # (n,) class of each image
                   share: float | int,    # of the images (a share below 1, or a count) that go to the second part
-                 what: str = 'labels',  # of what, for the message
+                  what: str = 'labels',  # of what, for the message
+                  names: tuple = (),     # of the classes, for the message
                  ) -> tuple:             # two sorted index arrays
-    "Stratified split with the fixed seed; raises `DataError` when a class has too few images."
-    try: first, second = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=SPLIT_SEED)
-    except ValueError as e: raise DataError(f"{what}: cannot split {len(labels)} images of {len(np.unique(labels))} classes: {e}") from None
+    "Stratified split with the fixed seed; raises `DataError` when there are too few images, or too few of a class."
+    n, (found, counts) = len(labels), np.unique(labels, return_counts=True)
+    cannot, k = f'{what}: cannot split {n} images of {len(found)} classes', len(found)
+    if counts.min() < 2: raise DataError(f"{cannot}: class {names[found[counts.argmin()]] if names else found[counts.argmin()]} has 1 image; accepted: at least 2 images of each class")
+    parts = (n - math.ceil(share*n), math.ceil(share*n)) if share < 1 else (n - share, share)
+    if min(parts) < k:
+        enough = lambda m: min(math.ceil(share*m), m - math.ceil(share*m)) >= k
+        raise DataError(f"{cannot} into {parts[0]} and {parts[1]}, fewer images than classes; accepted: " + (f'at least {next(filter(enough, itertools.count(n)))} images' if share < 1 else f'{k} to {n - k} images in the second part'))
+    first, second = train_test_split(np.arange(n), test_size=share, stratify=labels, random_state=SPLIT_SEED)
     return np.sort(first), np.sort(second)
 
 # %% ../nbs/02_data.ipynb #92f333f1
@@ -77,17 +84,22 @@ def _rows(source, name, train_size):
     # split -> (stored split, rows); unlabelled rows that pretraining takes beside them
     labels = source.labels
     if labels['test'] is None:  # no official test set: a fifth of the images
-        rest, test = split_indices(labels['train'], 0.2, f'dataset {name!r}')
+        rest, test = split_indices(labels['train'], 0.2, f'dataset {name!r}, test', source.names)
         out = {'test': ('train', test)}
     else:
         rest, test = np.arange(len(labels['train'])), np.arange(len(labels['test']))
         out = {'test': ('test', test)}
     train_labels, more = labels['train'][rest], source.unlabelled
-    train, val = split_indices(train_labels, VAL_SHARE, f'dataset {name!r}')
+    train, val = split_indices(train_labels, VAL_SHARE, f'dataset {name!r}, validation', source.names)
     if train_size:
-        if train_size > len(train) + more: raise ConfigError('train_size', train_size, f'from 1 to {len(train) + more}, what {name} leaves after validation; 0 for all')
-        more = max(0, train_size - len(train))
-        if train_size < len(train): train = train[split_indices(train_labels[train], train_size, f'train_size {train_size}')[1]]
+        y, most = train_labels[train], len(train) + more
+        classes, counts = np.unique(y, return_counts=True)
+        if not len(classes) <= train_size <= most: raise ConfigError('train_size', train_size, f'from {len(classes)} to {most}, from an image a class to what {name} leaves after validation; 0 for all')
+        more, less = max(0, train_size - len(train)), len(train) - train_size
+        if less >= len(classes): train = train[split_indices(y, train_size, f'train_size {train_size}', source.names)[1]]
+        elif less > 0:  # too few to take one from every class: one from each of the largest
+            order, largest = np.random.default_rng(SPLIT_SEED).permutation(len(y)), classes[np.argsort(-counts, kind='stable')[:less]]
+            train = np.delete(train, [order[(y[order] == c).argmax()] for c in largest])
     # unlabelled images have no order of their own: the first ones, spread over the file
     unlabelled = np.linspace(0, source.unlabelled - 1, more).round().astype(np.int64) if more else np.arange(0)
     return {'train': ('train', rest[train]), 'val': ('train', rest[val]), **out}, unlabelled

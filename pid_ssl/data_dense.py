@@ -16,6 +16,7 @@ import torch
 from sklearn.datasets import load_digits
 from .config import ConfigError
 from .data import DataError, Dataset, data_folders
+from .data_files import _rgb
 
 # %% ../nbs/02_data_dense.ipynb #38f32577
 VOC_CLASSES = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog', 'horse',
@@ -43,37 +44,45 @@ class DetectionData(Dataset):
         "Images without a box: they stay, for what a detector finds there is wrong."
         return {s: sum(not len(b) for b in boxes) for s, boxes in self.boxes.items()}
 
-# %% ../nbs/02_data_dense.ipynb #cde93927
-def _rows(name, data_dir, columns):
-    import pyarrow, pyarrow.parquet
+# %% ../nbs/02_data_dense.ipynb #c15e3f01
+def _folder(name, data_dir):
     folder = next((f/name for f in data_folders(data_dir) if (f/name).is_dir()), None)
     if folder is None: raise DataError(f"dataset: got {name!r}, with no folder of that name; accepted: a folder {name}/ holding train.parquet, val.parquet and test.parquet under {' or '.join(map(str, data_folders(data_dir)))} (set data_dir or $PID_SSL_DATA)")
+    return folder
+
+def _rows(folder, columns, names):
+    import pyarrow, pyarrow.parquet
     out, hashes = {}, ''
     for split in ('train', 'val', 'test'):
         path = folder/f'{split}.parquet'
-        if not path.is_file(): raise DataError(f"{path}: no such file; accepted: a folder {name}/ holding train.parquet, val.parquet and test.parquet")
+        if not path.is_file(): raise DataError(f"{path}: no such file; accepted: a folder {folder.name}/ holding train.parquet, val.parquet and test.parquet")
         try: rows = pyarrow.parquet.read_table(path, columns=list(columns)).to_pylist()
         except (pyarrow.ArrowException, OSError) as e: raise DataError(f"{path}: not a readable Parquet file ({str(e).splitlines()[0]}); accepted: a whole Parquet file with the columns {', '.join(columns)}") from None
         if not rows: raise DataError(f"{path}: no rows; accepted: at least one image")
         if missing := [c for c in columns if c not in rows[0]]: raise DataError(f"{path}: no column {missing[0]!r}; accepted: {', '.join(columns)}")
         out[split], hashes = (path, rows), hashes + hashlib.sha256(path.read_bytes()).hexdigest()
-    return out, hashlib.sha256(hashes.encode()).hexdigest()
+    # of a set that is not known by its name, the class names are content too
+    return out, hashlib.sha256((hashes if folder.name in DENSE else '\n'.join([hashes, *names])).encode()).hexdigest()
 
 def _image(where, cell, mode):
     from PIL import Image
-    try: im = Image.open(io.BytesIO(cell['bytes'])); im.load()
-    except Exception as e: raise DataError(f"{where} is not a readable image ({e}); accepted: struct<bytes, path> with the bytes of a PNG or JPEG") from None
+    try: im = (_rgb if mode == 'RGB' else Image.open)(io.BytesIO(cell['bytes'])); im.load()
+    except Exception as e: raise DataError(f"{where} is not a readable image ({e}); accepted: struct<bytes, path> with the bytes of a PNG or JPEG with 8 bits a channel") from None
     if mode == 'L' and im.mode not in ('L', 'P'): raise DataError(f"{where} has the pixel format {im.mode}; accepted: 8 bits a pixel, the value being the class")
-    return im.convert(mode) if mode == 'RGB' else im
+    return im
 
 def _sequence(cell, row):
     # CamVid/test/Seq05VD_f05070.png -> Seq05VD; without a path every frame stands alone
     return Path(cell['path']).stem.rpartition('_')[0] if cell.get('path') and '_' in Path(cell['path']).stem else str(row)
 
-def _names(name, classes, which):
-    found = tuple(classes) if classes else DENSE.get(name, ('', (), ()))[which]
-    if not found: raise ConfigError('classes', classes, f"the names of the classes of {name!r} in the order of their numbers; known without: {', '.join(n for n, v in DENSE.items() if v[which])}")
-    return found, DENSE.get(name, (name,))[0]
+def _names(folder, classes, which):
+    found, path = tuple(classes or DENSE.get(folder.name, ('', (), ()))[which]), folder/'classes.txt'
+    if not found:
+        wanted = f"the names of the classes in the order of their numbers, one a line, each once, at most 254 (or `classes` in Python); known without: {', '.join(n for n, v in DENSE.items() if v[which])}"
+        try: found = tuple(line.strip() for line in path.read_text('utf-8-sig').strip().splitlines())
+        except (OSError, UnicodeDecodeError) as e: raise DataError(f"{path}: {'no such file' if isinstance(e, FileNotFoundError) else f'cannot be read ({e})'}; accepted: {wanted}") from None
+        if not all(found) or len(set(found)) < len(found) or not 0 < len(found) < 255: raise DataError(f"{path}: {len(found)} lines, {len(set(found) - {''})} different names; accepted: {wanted}")
+    return found, DENSE.get(folder.name, (folder.name,))[0]
 
 def _unseen(found, names, path):
     # a class that no training image shows can be neither learned nor measured as if it had been
@@ -82,11 +91,12 @@ def _unseen(found, names, path):
 
 def load_segmentation(name: str = 'camvid-240',     # of the folder
                       data_dir: str | None = None,  # where the folder is; see `data_folders`
-                      classes: tuple | None = None, # names, for a set that `DENSE` does not know
+                      classes: tuple | None = None, # names; default those of `DENSE`, else of the folder's classes.txt
                      ) -> SegmentationData:         # train, val and test
     "Read a segmentation set; raises `DataError` naming file, row and what is wrong."
-    names, note = _names(name, classes, 1)
-    tables, digest = _rows(name, data_dir, ('img', 'mask'))
+    folder = _folder(name, data_dir)
+    names, note = _names(folder, classes, 1)
+    tables, digest = _rows(folder, ('img', 'mask'), names)
     images, masks, sequences, found, size = {}, {}, {}, {}, None
     for split, (path, rows) in tables.items():
         for i, row in enumerate(rows):
@@ -112,13 +122,14 @@ def load_segmentation(name: str = 'camvid-240',     # of the folder
 def load_detection(name: str = 'bccd',           # of the folder
                    data_dir: str | None = None,  # where the folder is; see `data_folders`
                    image_size: tuple = (120, 160), # height and width: images are fitted into it and the rest is filled with their mean colour
-                   classes: tuple | None = None, # names, for a set that `DENSE` does not know
+                   classes: tuple | None = None, # names; default those of `DENSE`, else of the folder's classes.txt
                   ) -> DetectionData:            # train, val and test; boxes in pixels of the fitted images
     "Read a detection set; raises `DataError` naming file, row and what is wrong. Images without boxes stay."
     from PIL import Image
-    names, note = _names(name, classes, 2)
     if len(image_size) != 2 or min(image_size) < 16: raise ConfigError('image_size', image_size, 'height and width from 16 pixels')
-    tables, digest = _rows(name, data_dir, ('img', 'boxes', 'labels', 'width', 'height'))
+    folder = _folder(name, data_dir)
+    names, note = _names(folder, classes, 2)
+    tables, digest = _rows(folder, ('img', 'boxes', 'labels', 'width', 'height'), names)
     images, boxes, labels = {}, {}, {}
     for split, (path, rows) in tables.items():
         images[split], boxes[split], labels[split] = torch.empty(len(rows), 3, *image_size, dtype=torch.uint8), [], []

@@ -27,13 +27,20 @@ class Source:
     side: Callable       # () -> pixels a side of the first training image
     channels: int = 3    # of the decoded images
     unlabelled: int = 0  # images of the split 'unlabelled'
+    names: tuple = ()    # of the classes, where the files say them
 
 CHUNK = 256  # images decoded at a time: 7 MB at 96 pixels
 
-# %% ../nbs/02_data_files.ipynb #467ba948
+# %% ../nbs/02_data_files.ipynb #70798443
+def _rgb(file):
+    from PIL import Image
+    im = Image.open(file)
+    if im.mode[0] in 'IF': raise ValueError(f'pixel format {im.mode}, more than 8 bits a channel')
+    return im.convert('RGB')
+
 def _pixels(file, side):
     from PIL import Image, ImageOps
-    im = Image.open(file).convert('RGB')
+    im = _rgb(file)
     if im.size != (side, side): im = ImageOps.fit(im, (side, side), Image.Resampling.BICUBIC)
     return np.asarray(im).transpose(2, 0, 1)
 
@@ -135,7 +142,7 @@ def parquet_source(name: str,    # of the dataset
         for path, (y, blobs) in zip(files[split], parts[split]):
             for row, data in blobs(rows[(rows >= start) & (rows < start + len(y))] - start):
                 try: yield make(io.BytesIO(data), side)
-                except Exception as e: raise DataError(f"{path}: row {row} is not a readable image ({e}); accepted: bytes of a PNG or JPEG") from None
+                except Exception as e: raise DataError(f"{path}: row {row} is not a readable image ({e}); accepted: bytes of a PNG or JPEG with 8 bits a channel") from None
             start += len(y)
     return Source(note, labels, hashlib.sha256((hashes['train'] + hashes['test']).encode()).hexdigest(),
                   lambda split, rows, side: _batched(images(split, rows, side, _pixels)), lambda: next(images('train', np.arange(1), 0, lambda file, _: _width(file))))
@@ -148,12 +155,13 @@ def _walk(folder):
     return sorted(Path(at)/f for at, _, names in os.walk(folder, onerror=refuse) for f in names)
 
 def _class_files(folder, classes=None, ignore=r'.*_boxes\.txt'):
-    # classes, images of each, names of what was skipped
+    # classes, images of each, what was skipped: files that are no image, images outside of the class folders
     try: found = sorted(p for p in folder.iterdir())
     except OSError as e: raise DataError(f'{folder}: cannot be read ({e.strerror or e}); accepted: a folder of class folders') from None
-    skipped = [p for p in found if not p.is_dir()]
+    loose = [p for p in found if not p.is_dir()]
+    skipped, stray = ([p for p in loose if (p.suffix.lower() in SUFFIXES) == image] for image in (False, True))
     names = [p.name for p in found if p.is_dir()]
-    if classes is not None and (stray := [n for n in names if n not in classes]): raise DataError(f"{folder/stray[0]}: no class of the training images; accepted: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}")
+    if classes is not None and (other := [n for n in names if n not in classes]): raise DataError(f"{folder/other[0]}: no class of the training images; accepted: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}")
     images, labels = [], []
     for name in names:
         inside = _walk(folder/name)
@@ -162,7 +170,7 @@ def _class_files(folder, classes=None, ignore=r'.*_boxes\.txt'):
         if not good: raise DataError(f'{folder/name}: a class folder without an image; accepted: images in it, or no such folder')
         images += good; labels += [(classes or names).index(name)]*len(good)
     if not images: raise DataError(f'{folder}: no class folders; accepted: <class>/ folders with images')
-    return names, images, np.array(labels, np.int64), skipped
+    return names, images, np.array(labels, np.int64), (skipped, stray)
 
 def _annotated(folder, classes):
     # Tiny-ImageNet's val: images/<name> and val_annotations.txt
@@ -174,30 +182,31 @@ def _annotated(folder, classes):
         if not (folder/'images'/row[0]).is_file(): raise DataError(f"{folder/'images'/row[0]}: no such file, but {listing.name} names it; accepted: every image of the list")
     return [folder/'images'/n for n, _ in rows], np.array([classes.index(c) for _, c in rows], np.int64)
 
-def _file_source(note, files, labels, root):
+def _file_source(note, files, labels, root, names=()):
     h = hashlib.sha256()
     for split in files:
         for path, y in zip(files[split], labels[split]): h.update(f'{split}/{path.relative_to(root).as_posix()}\0{y}\0{_file_hash(path)}\n'.encode())
     def images(split, rows, side, make):
         for row in rows:
             try: yield make(files[split][row], side)
-            except Exception as e: raise DataError(f"{files[split][row]}: not a readable image ({e}); accepted: a whole {', '.join(sorted(s[1:] for s in SUFFIXES))}") from None
+            except Exception as e: raise DataError(f"{files[split][row]}: not a readable image ({e}); accepted: a whole {', '.join(sorted(s[1:] for s in SUFFIXES))} with 8 bits a channel") from None
     return Source(note, {'test': None, **labels}, h.hexdigest(), lambda split, rows, side: _batched(images(split, rows, side, _pixels)),
-                  lambda: next(images('train', [0], 0, lambda path, _: _width(path))))
+                  lambda: next(images('train', [0], 0, lambda path, _: _width(path))), names=tuple(names))
 
 def folder_source(name: str,    # of the dataset
                   folder: Path, # that holds train/ and test/ or val/, or the classes
                  ) -> Source:
-    "A folder of images by class; raises `DataError` naming the file, warns with the number of files that are no images."
+    "A folder of images by class; raises `DataError` naming the file, warns with the number of files that are no images, or lie in no class folder."
     top = folder/'train' if (folder/'train').is_dir() else folder
-    classes, images, y, skipped = _class_files(top)
+    classes, images, y, left = _class_files(top)
     files, labels, note = {'train': images}, {'train': y}, NOTES.get(name, name)
     held = None if top == folder else 'val' if (folder/'val/val_annotations.txt').is_file() else next((s for s in _HELD_OUT if (folder/s).is_dir()), None)
     if held and (folder/held/'val_annotations.txt').is_file(): files['test'], labels['test'] = _annotated(folder/held, classes)
     elif held:
         _, files['test'], labels['test'], more = _class_files(folder/held, classes)
-        skipped += more
-    if skipped: warnings.warn(f"{folder}: {len(skipped)} file{'s' if len(skipped) > 1 else ''} that {'are' if len(skipped) > 1 else 'is'} no image skipped (such as {skipped[0]})")
+        left = [a + b for a, b in zip(left, more)]
+    for paths, one, many in zip(left, ('file that is no image', 'image not in a class folder'), ('files that are no image', 'images not in a class folder')):
+        if paths: warnings.warn(f'{folder}: {len(paths)} {one if len(paths) == 1 else many} skipped (such as {paths[0]})')
     _check_labels({'test': None, **labels}, {'train': str(top), 'test': str(folder/(held or ''))})
-    note += (f'; its {held} folder stands for test' if held not in (None, 'test') else '') + (f'; {len(skipped)} files skipped' if skipped else '')
-    return _file_source(note, files, labels, folder)
+    note += (f'; its {held} folder stands for test' if held not in (None, 'test') else '') + (f'; {skipped} files skipped' if (skipped := sum(map(len, left))) else '')
+    return _file_source(note, files, labels, folder, classes)

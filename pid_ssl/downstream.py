@@ -51,7 +51,7 @@ class DownstreamConfig:
     lr: float = _f(None, 'peak learning rate; of the linear head where encoder_lr is read', lo=1e-8, hi=100., losses=(*TUNED, *DENSE))
     encoder_lr: float = _f(None, 'peak learning rate of the encoder in fine-tuning', lo=1e-8, hi=100., losses=TUNED)
     batch_size: int = _f(64, 'images a step of fine-tuning', lo=2, hi=65_536, losses=TUNED)
-    policy: str = _f('auto', 'augmentation policy of the views; auto: the run\'s', choices=('auto', *POLICIES), losses=TWO_VIEW)
+    policy: str = _f('auto', 'augmentation policy of the views, of which fine-tuning takes the geometry; auto: the run\'s, but in fine-tuning on another dataset the one of that', choices=('auto', *POLICIES), losses=(*TUNED, *TWO_VIEW))
     codes: int = _f(8, 'k-means cells of each view', lo=2, hi=256, losses=('audit',))
     components: int = _f(16, 'principal components in the Gaussian decomposition', lo=1, hi=1024, losses=('audit',))
     permutations: int = _f(100, 'shuffles of the labels', lo=20, hi=100_000, losses=('audit',))
@@ -59,7 +59,8 @@ class DownstreamConfig:
     device: str = _f('auto', 'auto takes CUDA when there is one', choices=('auto', 'cpu', 'cuda', 'mps'), changes_result=False)
     threads: int = _f(None, 'CPU threads; default $OMP_NUM_THREADS, else all cores but one, up to 8', lo=1, hi=1024, changes_result=False)
     data_dir: str = _f(None, 'folder of Parquet datasets; default $PID_SSL_DATA, then data/datasets', changes_result=False)
-    home: str = _f(None, 'folder with data/checkpoints that gets data/downstream; default the project root', changes_result=False)
+    data_memory: int = _f(None, 'MB of decoded images kept in memory, else they are mapped from files in data/cache; default half of the free memory; 0 maps all', lo=0, hi=1 << 24, changes_result=False)
+    home: str = _f(None, 'folder with data/checkpoints that gets data/downstream and data/cache; default the project root', changes_result=False)
     force: bool = _f(False, 'measure again although a finished record exists', changes_result=False)
 
     def __post_init__(self):
@@ -75,6 +76,8 @@ def _reads(config, f): return config.task in (f.metadata['losses'] or TASK_NAMES
 # %% ../nbs/07_downstream.ipynb #180fc634
 FINETUNE = {'few': dict(epochs=30, lr=3e-3, encoder_lr=3e-4), 'many': dict(epochs=20, lr=3e-3, encoder_lr=3e-3)}  # up to 2,000 labelled images, and more
 
+def _named_policy(dataset): return POLICIES_BY_DATASET.get(dataset, 'cifar')
+
 def resolve_downstream(config: DownstreamConfig, # validated
                        pretrained: dict,         # config of the pretraining run
                        images: int = 0,          # labelled training images, where the task is fine-tuning
@@ -87,7 +90,7 @@ def resolve_downstream(config: DownstreamConfig, # validated
         chosen = DETECTION_DEFAULTS if c.task == 'detection' else SEGMENTATION_DEFAULTS['finetuned' if c.task.endswith('finetuned') else 'frozen']
         return dataclasses.replace(c, dataset=DENSE[c.task] if c.dataset == 'auto' else c.dataset, **{k: v for k, v in chosen.items() if getattr(c, k) is None})
     filled = dict(dataset=own if c.dataset == 'auto' else c.dataset, image_size=c.image_size or pretrained['image_size'])
-    if c.task in TWO_VIEW and c.policy == 'auto': filled['policy'] = pretrained['policy']
+    if c.policy == 'auto' and c.task in TUNED + TWO_VIEW: filled['policy'] = pretrained['policy'] if c.task in TWO_VIEW or filled['dataset'] == own else _named_policy(filled['dataset'])
     if c.task in TUNED: filled |= {k: v for k, v in FINETUNE['few' if images <= 2000 else 'many'].items() if getattr(c, k) is None}
     return dataclasses.replace(c, **filled)
 
@@ -111,10 +114,14 @@ class Measured:
         views.policy = POLICIES[policy] if isinstance(policy, str) else policy
         return views
 
+def _load(config, name, image_size, train_size):
+    cache = home_folder(config)/'data'/'cache'
+    with writing(cache): return load_dataset(name, image_size, train_size, config.data_dir, data_memory=config.data_memory, cache_dir=cache)
+
 def load_measured(config: DownstreamConfig, # its run, weights, home and data_dir count
                   device: str = 'cpu',      # where the encoder goes
                  ) -> tuple:                # encoder, pretraining `Dataset`, config of the run, description for the record
-    "The encoder that a measurement asks for; raises `CheckpointError`, `ConfigError`, `DataError`."
+    "The encoder that a measurement asks for; raises `CheckpointError`, `ConfigError`, `DataError`, `StorageError`."
     if not config.run: raise ConfigError('run', config.run, 'the id of a pretraining run, 16 hexadecimal digits')
     try: folder = checkpoint_folder(config, config.run)/'final'
     except ConfigError as e: raise ConfigError('run', config.run, e.accepted) from None
@@ -122,7 +129,7 @@ def load_measured(config: DownstreamConfig, # its run, weights, home and data_di
     encoder, run = load_encoder(folder)
     lacks = [k for k in ('dataset', 'train_size', 'seed', 'policy') if run.get(k) is None]
     if lacks: raise CheckpointError(f"{folder/'header.json'}: config without {', '.join(lacks)}; accepted: the checkpoint of a run of this package")
-    data = load_dataset(run['dataset'], run['image_size'], run['train_size'], config.data_dir)
+    data = _load(config, run['dataset'], run['image_size'], run['train_size'])
     channels = data.images['train'].shape[1]
     about = dict(run=config.run, weights=config.weights, dataset=run['dataset'], dataset_hash=data.content_hash, train_size=run['train_size'],
                  image_size=run['image_size'], encoder=run['encoder'], width=run['width'])
@@ -140,7 +147,7 @@ def load_measured(config: DownstreamConfig, # its run, weights, home and data_di
 # %% ../nbs/07_downstream.ipynb #9abecb32
 def _frozen(m): return evaluate_encoder(m.encoder, m.dataset, m.views(), m.config.eval_on)
 
-def _light(m): return m.views(light_policy(POLICIES[POLICIES_BY_DATASET.get(m.config.dataset, 'cifar')]), m.config.seed)
+def _light(m): return m.views(light_policy(POLICIES[m.config.policy]), m.config.seed)
 
 def _finetune(m):
     c = m.config
@@ -175,12 +182,12 @@ def load_labelled(config: DownstreamConfig, # resolved
                   size: int = 0,            # training images where `train_size` is open
                  ) -> Dataset:              # all training images for low_label
     "The dataset that is measured on; takes all training images where there are fewer than `size`."
-    read = lambda n: load_dataset(config.dataset, config.image_size, n, config.data_dir)
+    read = lambda n: _load(config, config.dataset, config.image_size, n)
     if config.task == 'low_label' or config.train_size is not None: return read(0 if config.task == 'low_label' else config.train_size)
     try: return read(size)
     except ConfigError as e:
-        if e.name != 'train_size': raise
-        return read(0)
+        if e.name != 'train_size' or len((every := read(0)).labels['train']) >= size: raise  # fewer than classes
+        return every
 
 TASKS = {'classify': _frozen, 'transfer': _frozen, 'low_label': _low_label, 'finetune': _finetune, 'two_view': _two_view, 'audit': _audit,
          'segmentation': _segmentation, 'segmentation_finetuned': _segmentation, 'detection': _detection}
@@ -194,6 +201,7 @@ def downstream_id(config: DownstreamConfig, # resolved
                  ) -> str:                  # 16 hexadecimal digits
     "Hash of what changes the result."
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata['changes_result'] and f.name not in ('run', 'weights') and _reads(config, f)}
+    if config.task in TUNED and config.policy in ('auto', _named_policy(config.dataset)): del fields['policy']  # as in records from before fine-tuning read it
     told = ('run', 'loss', 'beta', 'estimator')  # for the reader: the weights say it all
     return digest({'experiment': 'downstream', **fields, 'content': dataset_hash, 'encoder': {k: v for k, v in about.items() if k not in told}, 'device': device})
 

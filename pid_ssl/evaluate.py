@@ -37,7 +37,8 @@ def calibrate_batchnorm(encoder: nn.Module,   # changed in place
                         views: ViewMaker,     # for its normalisation and device
                         batch_size: int = 500,# images a forward pass
                        ) -> nn.Module:        # the encoder
-    "Set batch-norm statistics to their averages over the images: an untrained network's initial ones describe nothing."
+    """Set batch-norm statistics to their averages over batches of the images: an untrained network's initial ones describe nothing.
+    Every batch counts the same, a shorter last one too, unless it is a single image, which has no spread and is skipped."""
     norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     saved = [m.momentum for m in norms]
     for m in norms: m.reset_running_stats(); m.momentum = None  # None: cumulative average
@@ -52,13 +53,14 @@ def calibrate_batchnorm(encoder: nn.Module,   # changed in place
 # %% ../nbs/05_evaluate.ipynb #7abdf8ba
 def check_labels(labels: dict,              # split -> (n,) integers
                  classes: int | None = None,# number of classes, if known
+                 several: str = 'train',    # split that needs two classes
                 ) -> None:
-    "Raise `DataError` for labels that are out of range and for training labels of one class only."
+    "Raise `DataError` for labels that are out of range, and where the split that a probe learns from has one class only."
     for split, y in labels.items():
         y = np.asarray(y)
         if len(y) and (y.min() < 0 or classes is not None and y.max() >= classes):
             raise DataError(f"labels: {split} has values from {y.min()} to {y.max()}; accepted: " + (f'0 to {classes - 1}, the {classes} classes' if classes else 'integers from 0'))
-    if 'train' in labels and len(seen := np.unique(labels['train'])) < 2: raise DataError(f"labels: train has the class {', '.join(map(str, seen))} only; accepted: at least two classes")
+    if several in labels and len(seen := np.unique(labels[several])) < 2: raise DataError(f"labels: {several} has the class {', '.join(map(str, seen))} only; accepted: at least two classes")
 
 # %% ../nbs/05_evaluate.ipynb #e12c3fe6
 L2_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.)  # inverse strength C per 10,000 images, a decade apart; every record keeps the one chosen
@@ -68,7 +70,7 @@ def linear_probe(features: dict,          # 'train', 'val' and the evaluation sp
                  labels: dict,            # the same -> (n,)
                  split: str = 'test',     # measured on
                 ) -> dict:                # accuracy in percent, and the chosen C
-    "Multinomial logistic regression on standardised features, L2 strength chosen on validation."
+    "Multinomial logistic regression on standardised features, L2 strength chosen on all validation labels, however few the training labels are."
     check_labels(labels)
     x, labels = {s: np.asarray(v, np.float64) for s, v in features.items()}, {s: np.asarray(v) for s, v in labels.items()}
     mean, std = x['train'].mean(0), x['train'].std(0)
@@ -119,7 +121,8 @@ def knn_accuracy(train: torch.Tensor,        # (n, f) features
                  k: int = 5,                 # neighbours
                  metric: str = 'euclidean',  # or 'cosine', weighted by exp(similarity / temperature)
                 ) -> float:                  # percent
-    "kNN accuracy: majority vote by distance (W-MSE protocol), or weighted vote by cosine (Wu et al. 2018)."
+    """kNN accuracy: majority vote by distance (W-MSE protocol), or weighted vote by cosine (Wu et al. 2018).
+    Among classes with equally many votes by distance, the one whose neighbours have the smaller sum of ranks wins; equal distances come in no particular order."""
     if not 0 < k <= len(train): raise ValueError(f"k: got {k}; accepted: 1 to {len(train)}, the number of training features")
     if metric not in ('euclidean', 'cosine'): raise ValueError(f"metric: got {metric!r}; accepted: euclidean, cosine")
     classes = int(train_labels.max()) + 1
@@ -127,7 +130,7 @@ def knn_accuracy(train: torch.Tensor,        # (n, f) features
     right = 0
     step = min(1000, max(1, 50_000_000//len(train)))  # distances of that many queries, 200 MB at most
     for q, y in zip(query.split(step), query_labels.split(step)):
-        # nearest first, so that a tie goes to the class of the nearer neighbour
+        # nearest first: of tied classes the one with the smaller sum of ranks has the larger weight
         near = (q @ train.T if metric == 'cosine' else -torch.cdist(q, train)).topk(k)
         weight = (near.values/KNN_TEMPERATURE).exp() if metric == 'cosine' else 1 - 1e-6*torch.arange(k).expand(len(q), k)
         votes = torch.zeros(len(q), classes).scatter_add_(1, train_labels[near.indices], weight)
@@ -142,7 +145,7 @@ def accuracies(features: dict,      # 'train', 'val' and the evaluation split ->
               ) -> dict:            # percent
     "Linear, 5-NN Euclidean and 200-NN cosine accuracy on `split`."
     train, y = features['train'], labels['train']
-    k = min(200, max(5, int(y.bincount().min())//2))
+    k = min(200, max(5, int(min(n for n in y.bincount() if n))//2))  # a class number without images says nothing about the others
     lin = linear_probe(features, labels, split)
     return {f'{prefix}{split}_linear_logreg': lin['accuracy'], f'{prefix}{split}_linear_C': lin['C'],
             f'{prefix}{split}_knn5_euclidean': knn_accuracy(train, y, features[split], labels[split], 5),

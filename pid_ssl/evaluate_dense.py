@@ -19,15 +19,16 @@ from .models import SmallResNet
 from .views import ViewMaker
 
 # %% ../nbs/05_evaluate_dense.ipynb #f3750db5
-def feature_maps(encoder: nn.Module, # `SmallResNet` or a torchvision ResNet
+def feature_maps(encoder: nn.Module, # `SmallResNet`, or a ResNet of torchvision or timm
                  x: torch.Tensor,    # (n, c, h, w) normalised images
                  levels: int = 2,    # how many of the last stages
                 ) -> list:           # of (n, c, h, w), finest first
     "Maps before global pooling; raises `ConfigError` for a network whose stages are not known."
+    act = getattr(encoder, 'relu', getattr(encoder, 'act1', None))  # torchvision's name, timm's name
     if isinstance(encoder, SmallResNet): x, stages = encoder.stem(x), encoder.stages
-    elif all(hasattr(encoder, n) for n in ('conv1', 'bn1', 'maxpool', 'layer1', 'layer4')):
-        x, stages = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(x)))), [getattr(encoder, f'layer{i}') for i in range(1, 5)]
-    else: raise ConfigError('encoder', type(encoder).__name__, 'SmallResNet or a torchvision ResNet')
+    elif act is not None and all(hasattr(encoder, n) for n in ('conv1', 'bn1', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4')):
+        x, stages = encoder.maxpool(act(encoder.bn1(encoder.conv1(x)))), [getattr(encoder, f'layer{i}') for i in range(1, 5)]
+    else: raise ConfigError('encoder', type(encoder).__name__, 'SmallResNet, or a ResNet with the stages of torchvision or timm: conv1, bn1, relu or act1, maxpool, layer1 to layer4')
     if not 0 < levels <= len(stages): raise ConfigError('levels', levels, f'1 to {len(stages)}, the stages of this encoder')
     maps = []
     for stage in stages: maps.append(x := stage(x))
@@ -82,7 +83,8 @@ def fit(model: nn.Module,        # whose parameters with gradients are trained
     "AdamW and torch's one-cycle schedule, a tenth of the steps upwards; raises `ValueError` when the loss is not finite."
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, steps, history = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4), -(-n//batch_size)*epochs, []
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2), pct_start=0.1)
+    # of exactly 10 steps torch would divide by the length, 0, of the way up
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2), pct_start=0.1 if steps != 10 else 0.1 + 1e-9)
     for epoch in range(epochs):
         total = 0.
         for rows in torch.randperm(n, generator=generator).split(batch_size):

@@ -84,8 +84,8 @@ def finetune(encoder: nn.Module,         # maps (n, c, h, w) to (n, f); not chan
             ) -> dict:                   # percent
     "Accuracy of the fine-tuned encoder on unaugmented images, after the last epoch."
     check_labels(dataset.labels, dataset.classes)
-    rows = torch.arange(len(dataset.labels['train'])) if rows is None else rows
-    net = fit_classifier(encoder, dataset.images['train'][rows], dataset.labels['train'][rows], views, dataset.classes, epochs, lr, encoder_lr, batch_size, seed=seed)
+    images, labels = (d['train'] if rows is None else d['train'][rows] for d in (dataset.images, dataset.labels))  # indexed, mapped images would be copied into memory
+    net = fit_classifier(encoder, images, labels, views, dataset.classes, epochs, lr, encoder_lr, batch_size, seed=seed)
     right = extract_features(net, dataset.images[split], views).argmax(1) == dataset.labels[split]
     return {f'{split}_finetune': 100*right.double().mean().item()}
 
@@ -102,9 +102,10 @@ def low_label(encoder: nn.Module,         # maps (n, c, h, w) to (n, f); not cha
               batch_size: int = 64,       # images a step
               seed: int = 0,              # of the order and the views; the draws do not depend on it
              ) -> dict:                   # percent
-    "Fine-tuning and frozen linear probe on a few labels: each draw, and the mean over draws."
+    """Fine-tuning and frozen linear probe on a few labels: each draw, and the mean over draws.
+    The probe's C, kept for each draw, is chosen on all labels of the validation split; fine-tuning does not see them."""
     check_labels(dataset.labels, dataset.classes)
-    y, out = dataset.labels, {}
+    y, out, strength = dataset.labels, {}, {}
     drawn = [label_draw(y['train'], fraction, k) for k in range(draws)]  # an impossible fraction fails before any work
     held = {s: extract_features(encoder, dataset.images[s], views) for s in {'val', split}}
     for k, rows in enumerate(drawn):
@@ -113,5 +114,6 @@ def low_label(encoder: nn.Module,         # maps (n, c, h, w) to (n, f); not cha
         views.generator.manual_seed(seed*1_000_003 + k)
         tuned = finetune(encoder, dataset, views, split, rows, epochs, lr, encoder_lr, batch_size, seed*1_000_003 + k)
         out[f'finetune_{100*fraction:g}pct', k], out[f'linear_{100*fraction:g}pct', k] = tuned[f'{split}_finetune'], probe['accuracy']
+        strength[f'{split}_linear_{100*fraction:g}pct_draw{k}_C'] = probe['C']
     mean = {f'{split}_{name}': sum(out[name, k] for k in range(draws))/draws for name, _ in out}
-    return mean | {f'{split}_{name}_draw{k}': v for (name, k), v in out.items()}
+    return mean | {f'{split}_{name}_draw{k}': v for (name, k), v in out.items()} | strength

@@ -29,22 +29,28 @@ def view_features(encoder: nn.Module,    # maps (n, c, h, w) to (n, f)
     encoder.train(mode)
     return tuple(torch.cat(h) for h in zip(*pairs))
 
+def _two_views(encoder, images, views):
+    h1, h2 = view_features(encoder, images, views)
+    if torch.equal(h1, h2): raise ValueError('views: two views of an image are the same; accepted: a policy that changes images')
+    return h1, h2
+
 # %% ../nbs/05_evaluate_views.ipynb #0f5bad74
 def two_view_readout(encoder: nn.Module,  # maps (n, c, h, w) to (n, f)
                      dataset: Dataset,    # splits with labels
                      views: ViewMaker,    # policy of the views, normalisation and device; its generator is drawn from
                      split: str = 'test', # measured on
                     ) -> dict:            # percent, and gains in points
-    "Linear and MLP accuracy from one view, from the pair, from the mean of the two and from the unaugmented image."
+    "Linear and MLP accuracy from one view, from the pair, from the mean of the two and from the unaugmented image, with the C of the linear probe; raises `ValueError` where the two views are the same."
     check_labels(dataset.labels, dataset.classes)
     h, y = {}, dataset.labels
     for s in dict.fromkeys(('train', 'val', split)):
-        h1, h2 = view_features(encoder, dataset.images[s], views)
+        h1, h2 = _two_views(encoder, dataset.images[s], views)
         h[s] = dict(view1=h1, view2=h2, pair=torch.cat([h1, h2], 1), mean=(h1 + h2)/2, clean=extract_features(encoder, dataset.images[s], views))
     out = {}
     for name in h['train']:
         x = {s: v[name] for s, v in h.items()}
-        out[f'{split}_linear_{name}'] = linear_probe(x, y, split)['accuracy']
+        linear = linear_probe(x, y, split)
+        out[f'{split}_linear_{name}'], out[f'{split}_linear_{name}_C'] = linear['accuracy'], linear['C']
         out[f'{split}_mlp_{name}'] = mlp_probe(x, y, split=split)
     for probe in ('linear', 'mlp'):
         one = (out[f'{split}_{probe}_view1'] + out[f'{split}_{probe}_view2'])/2
@@ -100,9 +106,8 @@ def audit_encoder(encoder: nn.Module,     # maps (n, c, h, w) to (n, f)
                  ) -> dict:               # bits about the labels, nats about the image
     "PID of two views about the labels (BROJA of k-means cells) and about the unaugmented image's features (Gaussian, MMI)."
     images, labels = dataset.images[split], dataset.labels[split]
-    check_labels({'train': labels}, dataset.classes)
-    (h1, h2), t = view_features(encoder, images, views), extract_features(encoder, images, views)
-    if torch.equal(h1, h2): raise ValueError('views: two views of an image are the same; accepted: a policy that changes images')
+    check_labels({split: labels}, dataset.classes, split)
+    (h1, h2), t = _two_views(encoder, images, views), extract_features(encoder, images, views)
     out = {}
     for name, row in label_pid(h1, h2, labels, codes, permutations, replicates, seed).items():
         key = f'{split}_pid_broja_labels_{name}_bits'

@@ -135,7 +135,7 @@ def test_unlabelled_images_are_pretrained_on_and_never_evaluated(tmp_path, unche
         some = load_dataset("stl10", 32, train_size=40, data_dir=str(tmp_path))
         few = load_dataset("stl10", 32, train_size=9, data_dir=str(tmp_path))
         mapped = load_dataset("stl10", 32, data_dir=str(tmp_path), data_memory=0, cache_dir=tmp_path / "cache")
-        with pytest.raises(ConfigError, match="train_size: got 58; accepted: from 1 to 57"):
+        with pytest.raises(ConfigError, match="train_size: got 58; accepted: from 3 to 57"):
             load_dataset("stl10", 32, train_size=58, data_dir=str(tmp_path))
     assert {s: len(x) for s, x in d.images.items()} == {"pretrain": 57, "train": 27, "val": 3, "test": 15} and len(d.labels["train"]) == 27
     assert torch.equal(d.pretraining[:27], d.images["train"])
@@ -168,7 +168,9 @@ BAD = {
     "class of test unknown to train": (dict(train={"a": 20, "b": 20}, test={"a": 5, "c": 5}), r"mine/test/c: no class of the training images; accepted: a, b"),
     "empty class": (dict(train={"a": 20, "b": 20, "c": 0}), r"mine/train/c: a class folder without an image"),
     "one class": (dict(train={"a": 20}, test={"a": 5}), r"mine/train: all 20 images have label 0; accepted: at least 2 classes"),
-    "one image of a class": (dict(train={"a": 20, "b": 1}, test={"a": 5, "b": 5}), r"dataset 'mine': cannot split 21 images of 2 classes"),
+    "one image of a class": (dict(train={"a": 20, "b": 1}, test={"a": 5, "b": 5}), r"dataset 'mine', validation: cannot split 21 images of 2 classes: class b has 1 image; accepted: at least 2 images of each class"),
+    "fewer images than validation needs": (dict(train={"a": 4, "b": 4, "c": 4}, test={"a": 1}), r"dataset 'mine', validation: cannot split 12 images of 3 classes into 10 and 2, fewer images than classes; accepted: at least 21 images"),
+    "fewer images than the test set needs": (dict(train={"a": 3, "b": 3, "c": 3}), r"dataset 'mine', test: cannot split 9 images of 3 classes into 7 and 2, fewer images than classes; accepted: at least 11 images"),
     "nothing": (dict(train={}), r"mine.*: no such file"),
 }
 
@@ -192,6 +194,50 @@ def test_unreadable_images_stop_and_other_files_are_counted(tmp_path):
     (mine / "train/b/7.png").write_bytes(data[: len(data) // 2])
     with pytest.warns(UserWarning), pytest.raises(DataError, match="train/b/7.png: not a readable image"):
         load_dataset("mine", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("values", [np.full((8, 8), 40_000, np.uint16), np.full((8, 8), 70_000, np.int32), np.full((8, 8), 0.5, np.float32)])
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_images_of_more_than_8_bits_are_refused_and_not_clipped(values, form, tmp_path):
+    mine, image = tmp_path / "mine", Image.fromarray(values)
+    if form == "folder":
+        folders(mine, train={"a": 20, "b": 20}, test={"a": 5, "b": 5})
+        image.save(mine / "train/b/deep.tif")
+        where = "train/b/deep.tif: not a readable image"
+    else:
+        buffer = io.BytesIO()
+        image.save(buffer, "TIFF")
+        for split in ("train", "test"):
+            parquet(mine / f"{split}.parquet", np.arange(20) % 2)
+        rows = pq.read_table(mine / "train.parquet").to_pylist()
+        rows[3]["img"]["bytes"] = buffer.getvalue()
+        pq.write_table(pa.Table.from_pylist(rows), mine / "train.parquet")
+        where = "train.parquet: row 3 is not a readable image"
+    with pytest.raises(DataError, match=rf"{where} \(pixel format {image.mode}, more than 8 bits a channel\); accepted: .* with 8 bits a channel"):
+        load_dataset("mine", data_dir=str(tmp_path))
+
+
+def test_every_train_size_from_an_image_a_class_up(tmp_path):
+    folders(tmp_path / "mine", train={"a": 20, "b": 12, "c": 8}, test={"a": 2, "b": 2, "c": 2})
+    whole = load_dataset("mine", data_dir=str(tmp_path))
+    names = {im.numpy().tobytes(): i for i, im in enumerate(whole.images["train"])}
+    counts = whole.labels["train"].bincount()
+    assert counts.sum() == 36
+    for size in range(3, 37):
+        some = load_dataset("mine", train_size=size, data_dir=str(tmp_path))
+        assert len({names[im.numpy().tobytes()] for im in some.images["train"]}) == size, "images of train, each once"
+        assert (some.labels["train"].bincount() - counts * size / 36).abs().max() <= 1
+    for size in (1, 2, 37):
+        with pytest.raises(ConfigError, match=f"train_size: got {size}; accepted: from 3 to 36"):
+            load_dataset("mine", train_size=size, data_dir=str(tmp_path))
+
+
+def test_an_image_outside_of_the_class_folders_is_said(tmp_path):
+    mine = folders(tmp_path / "mine", train={"a": 20, "b": 20}, val={"a": 5, "b": 5})
+    (mine / "train/a/0.png").rename(mine / "train/lost.png")
+    with pytest.warns(UserWarning, match="mine: 1 image not in a class folder skipped .*train/lost.png") as said:
+        assert len(load_dataset("mine", data_dir=str(tmp_path)).images["train"]) == 35
+    assert not [w for w in said if "no image" in str(w.message)]
 
 
 def test_classes_without_test_images_are_said(tmp_path):

@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, jaccard_score
 from pid_ssl.config import ConfigError
 from pid_ssl.data import DataError
 from pid_ssl.data_dense import digit_scenes, load_detection, load_segmentation, png, write_dense
-from pid_ssl.evaluate_dense import paired_bootstrap, untrained_control
+from pid_ssl.evaluate_dense import feature_maps, fit, paired_bootstrap, untrained_control
 from pid_ssl.evaluate_detection import average_precision, coco_evaluation, detection, detection_interval, detection_metrics
 from pid_ssl.evaluate_segmentation import _cross_entropy, confusion_matrix, segmentation, segmentation_interval, segmentation_metrics
 from pid_ssl.models import build_encoder
@@ -160,6 +160,7 @@ def cell(b):
 BROKEN = {
     "corrupt image": (load_segmentation, lambda r: r.update(img=cell(r["img"]["bytes"][:200])), "val.parquet: img of row 3 is not a readable image"),
     "no bytes": (load_detection, lambda r: r.update(img=cell(None)), "val.parquet: img of row 3 is not a readable image"),
+    "16 bits a channel": (load_segmentation, lambda r: r.update(img=cell(png(np.full((48, 64), 40_000, np.uint16)))), r"val.parquet: img of row 3 is not a readable image \(pixel format I;16, more than 8 bits a channel\)"),
     "image of another size": (load_segmentation, lambda r: r.update(img=cell(png(np.zeros((8, 9, 3), np.uint8)))), "img of row 3 is 9x8; accepted: 64x48"),
     "mask of another size": (load_segmentation, lambda r: r.update(mask=cell(png(np.zeros((48, 32), np.uint8)))), "mask of row 3 is 32x48; accepted: 64x48"),
     "mask in colour": (load_segmentation, lambda r: r.update(mask=cell(png(np.zeros((48, 64, 3), np.uint8)))), "mask of row 3 has the pixel format RGB"),
@@ -263,6 +264,34 @@ def test_bootstrap_intervals_hold_the_truth_as_often_as_they_say():
         gap = paired_bootstrap(lambda rows: (x[rows].mean(), 0), 60, 200, i)  # noqa: B023
         hits += gap["low"] <= 0.5 <= gap["high"]
     assert 180 <= hits <= 199  # 95 % of 200 is 190, give or take 3
+
+
+def test_any_number_of_steps(monkeypatch):
+    """torch's one-cycle schedule as it is, but for the number of steps that it divides by zero for."""
+    plain = torch.optim.lr_scheduler.OneCycleLR
+    for steps in range(1, 26):
+        made = []
+        monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", lambda *a, **k: made.append(plain(*a, **k)) or made[-1])  # noqa: B023
+        model, rates = torch.nn.Linear(1, 1), []
+        fit(model, lambda rows: (rates.append(made[0].get_last_lr()[0]), model(torch.ones(1, 1)).sum())[1], 1, steps, 0.1, 1, torch.Generator())  # noqa: B023
+        if steps == 10:
+            assert rates[:2] == pytest.approx([0.1 / 25, 0.1]) and rates[1:] == sorted(rates[1:], reverse=True) and len(rates) == 10
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+            schedule, expected = plain(optimizer, 0.1, total_steps=max(steps, 2), pct_start=0.1), []
+            for _ in range(steps):
+                expected.append(schedule.get_last_lr()[0])
+                optimizer.step()
+                schedule.step()
+            assert rates == expected
+
+
+def test_maps_of_a_timm_network():
+    timm = pytest.importorskip("timm")
+    for name in ("resnet18", "resnet50d"):  # the second has a stem of three layers
+        net, x = timm.create_model(name, num_classes=0).eval(), torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            assert torch.equal(feature_maps(net, x)[-1], net.forward_features(x))
 
 
 def test_settings_are_checked_before_work(scenes, control):
