@@ -275,7 +275,7 @@ def test_any_number_of_steps(monkeypatch):
         model, rates = torch.nn.Linear(1, 1), []
         fit(model, lambda rows: (rates.append(made[0].get_last_lr()[0]), model(torch.ones(1, 1)).sum())[1], 1, steps, 0.1, 1, torch.Generator())  # noqa: B023
         if steps == 10:
-            assert rates[:2] == pytest.approx([0.1 / 25, 0.1]) and rates[1:] == sorted(rates[1:], reverse=True) and len(rates) == 10
+            assert rates[0] == pytest.approx(0.1 / 25) and 0.09 < rates[1] < 0.1 and rates[1:] == sorted(rates[1:], reverse=True) and len(rates) == 10
         else:
             optimizer = torch.optim.AdamW(model.parameters(), 0.1)
             schedule, expected = plain(optimizer, 0.1, total_steps=max(steps, 2), pct_start=0.1), []
