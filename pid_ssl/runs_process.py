@@ -19,13 +19,14 @@ def stop_with_parent(stop: Callable, # called once, in a thread of its own
         stop()
     threading.Thread(target=wait, daemon=True).start()
 
-# %% ../nbs/06_runs_process.ipynb #5d7d51ed
-def run_command(args: list, # of `python -m pid_ssl.trainers`
+# %% ../nbs/06_runs_process.ipynb #bfc0492b
+def run_command(module: str, # such as pid_ssl.trainers
+                args: list,  # of `python -m` with this module
                ) -> None:
-    "Run the trainer's command line; leaves with `SystemExit`."
+    "Run a module's command line; leaves with `SystemExit`."
     stop_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    sys.argv = ['pid_ssl.trainers', *args]
-    runpy.run_module('pid_ssl.trainers', run_name='__main__', alter_sys=True)
+    sys.argv = [module, *args]
+    runpy.run_module(module, run_name='__main__', alter_sys=True)
 
 # %% ../nbs/06_runs_process.ipynb #c75aae09
 EXIT_STATUS = {'ConfigError': 2, 'DataError': 2, 'RecordError': 2, 'CheckpointError': 2, 'NonFiniteLoss': 3, 'StorageError': 4, 'RunLocked': 5, 'ProcessLost': 6, 'RunInterrupted': 143}
@@ -54,12 +55,12 @@ def run_notebook(path: str | Path,   # a notebook with a parameters cell
     print(f'error: {name}: {text}', file=sys.stderr)
     return EXIT_STATUS.get(name, 1)
 
-# %% ../nbs/06_runs_process.ipynb #5413990f
-def main(argv: list | None = None, # `command` with the trainer's arguments, or `notebook PATH OUT PARAMETERS`, the last as JSON
+# %% ../nbs/06_runs_process.ipynb #bfc7b356
+def main(argv: list | None = None, # `command MODULE` with the module's arguments, or `notebook PATH OUT PARAMETERS`, the last as JSON
         ) -> int:                  # exit status
     "What a sweep starts."
     kind, *args = sys.argv[1:] if argv is None else argv
-    if kind == 'command': return run_command(args)
+    if kind == 'command': return run_command(args[0], args[1:])
     return run_notebook(*args[:2], json.loads(args[2]))
 
 # %% ../nbs/06_runs_process.ipynb #da33db98
