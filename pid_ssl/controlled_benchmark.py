@@ -7,8 +7,8 @@ __all__ = ['ARMS', 'PID_ARMS', 'CONTRASTIVE', 'PROBE_PAIRS', 'AUDIT_PAIRS', 'PRO
            'ControlledConfig', 'controlled_config', 'controlled_id', 'bound', 'Arm', 'probes', 'run_controlled',
            'load_controlled', 'main']
 
-# %% ../nbs/07_controlled_benchmark.ipynb #52385f98
-import dataclasses, hashlib, json, math, sys, time, warnings
+# %% ../nbs/07_controlled_benchmark.ipynb #acdb140d
+import dataclasses, hashlib, json, math, sys, tempfile, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -17,12 +17,12 @@ from torch import nn
 from .config import ConfigError, _check, _f, digest, from_dict, project_root, read_args
 from .controlled import TRUTH, Trifeature
 from .views import Policy, ViewMaker
-from .models import build_encoder, build_projector
+from .models import StorageError, build_encoder, build_projector, writing
 from .losses import WMSE, BarlowTwins, PIDLoss, standardise
 from .pid import pid_samples
 from .pid_critics import infonce
 from .evaluate import calibrate_batchnorm, linear_probe, mlp_probe
-from .runs import RunRecord, home_folder, load_record, peak_memory, provenance, recorded_config
+from .runs import RecordError, RunRecord, home_folder, load_record, peak_memory, provenance, recorded_config
 from .trainers_base import NonFiniteLoss, default_threads, learning_rate
 
 # %% ../nbs/07_controlled_benchmark.ipynb #b054d6d2
@@ -204,6 +204,9 @@ def run_controlled(config: ControlledConfig, # what to run
     if path.exists() and not config.force:
         print(f'run {rid} is finished: its record is {path} (force=True runs it again)')
         return load_record(path, controlled_config)
+    with writing(folder):  # a folder that takes no record is found out before the work
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     torch.set_num_threads(config.threads or default_threads())
     c, start = config, time.perf_counter()
     data = Trifeature(c.seed, c.image_size, c.drawings)
@@ -254,11 +257,12 @@ def load_controlled(folder: str | Path | None = None, # default the project's da
 
 # %% ../nbs/07_controlled_benchmark.ipynb #24066216
 def main(argv: list | None = None, # default the process's arguments
-        ) -> int:                  # exit status: 0; 2 bad input, 3 not finite
+        ) -> int:                  # exit status: 0; 2 bad input, 3 not finite, 4 not writable
     "The command line; what goes wrong is one line on standard error."
     try: run_controlled(read_args(argv, ControlledConfig, 'python -m pid_ssl.controlled_benchmark', 'Train, probe and record one arm.'))
-    except ConfigError as e: print(f'error: {e}', file=sys.stderr); return 2
+    except (ConfigError, RecordError) as e: print(f'error: {e}', file=sys.stderr); return 2
     except NonFiniteLoss as e: print(f'error: {e}', file=sys.stderr); return 3
+    except StorageError as e: print(f'error: {e}', file=sys.stderr); return 4
     return 0
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook

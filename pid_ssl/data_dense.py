@@ -67,7 +67,8 @@ def _rows(folder, columns, names):
 def _image(where, cell, mode):
     from PIL import Image
     try: im = (_rgb if mode == 'RGB' else Image.open)(io.BytesIO(cell['bytes'])); im.load()
-    except Exception as e: raise DataError(f"{where} is not a readable image ({e}); accepted: struct<bytes, path> with the bytes of a PNG or JPEG with 8 bits a channel") from None
+    except Exception as e: raise DataError(f"{where} is not a readable image ({e}); accepted: struct<bytes, path> with the bytes of a PNG{' or JPEG' if mode == 'RGB' else ''} with 8 bits a channel") from None
+    if mode == 'L' and im.format in ('JPEG', 'WEBP', 'MPO'): raise DataError(f"{where} is a {im.format}, which may change the classes of its pixels; accepted: PNG, or another format without loss")
     if mode == 'L' and im.mode not in ('L', 'P'): raise DataError(f"{where} has the pixel format {im.mode}; accepted: 8 bits a pixel, the value being the class")
     return im
 
@@ -148,7 +149,9 @@ def load_detection(name: str = 'bccd',           # of the folder
     return DetectionData(name, note, images, labels, len(names), digest, names, boxes)
 
 def _boxes(where, row, size, classes):
-    try: b, y = np.array(row['boxes'], np.float32).reshape(-1, 4), np.array(row['labels'], np.float64)
+    try:
+        if any(len(box) != 4 for box in row['boxes']): raise ValueError
+        b, y = np.array(row['boxes'], np.float32).reshape(-1, 4), np.array(row['labels'], np.float64)
     except (ValueError, TypeError): raise DataError(f"{where}: boxes or labels cannot be read as numbers; accepted: boxes of four numbers each, one label a box, none missing") from None
     if [row['width'], row['height']] != list(size): raise DataError(f"{where}: width and height are {row['width']}x{row['height']}, the image is {size[0]}x{size[1]}; accepted: its own size")
     if y.shape != (len(b),): raise DataError(f"{where}: {len(b)} boxes and {y.size} labels; accepted: one label a box")

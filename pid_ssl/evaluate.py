@@ -127,6 +127,8 @@ def knn_accuracy(train: torch.Tensor,        # (n, f) features
     if metric not in ('euclidean', 'cosine'): raise ValueError(f"metric: got {metric!r}; accepted: euclidean, cosine")
     classes = int(train_labels.max()) + 1
     if metric == 'cosine': train, query = F.normalize(train), F.normalize(query)
+    # cdist works with products in float32: features far from the origin would lose the digits that tell them apart
+    elif (centre := train.mean(0)).norm() > 10*(train - centre).norm(dim=1).mean(): train, query = train - centre, query - centre
     right = 0
     step = min(1000, max(1, 50_000_000//len(train)))  # distances of that many queries, 200 MB at most
     for q, y in zip(query.split(step), query_labels.split(step)):

@@ -29,7 +29,7 @@ def confusion_matrix(predicted: torch.Tensor, # (n, h, w) uint8
 
 def iou(confusion: torch.Tensor, # (..., classes, classes) counts
        ) -> torch.Tensor:        # (..., classes) percent; NaN for a class neither shown nor predicted
-    "Intersection over union of each class."
+    "Intersection over union of each class. A class that is predicted and not shown counts as 0, as in other libraries, so a mean over a part of the images may be over other classes than that of all."
     c = confusion.double()
     both = c.diagonal(dim1=-2, dim2=-1)
     return 100*both/(c.sum(-1) + c.sum(-2) - both)
@@ -148,12 +148,14 @@ def segmentation_interval(a: dict,                # predictions of one encoder
                           draws: int = 1000,      # resamples
                           seed: int = 0,          # of the resamples
                          ) -> dict:               # difference in mIoU points, low, high, units, and by sequence
-    "95 % interval of the difference in mIoU over stretches of frames."
+    "95 % interval of the difference in mIoU over stretches of frames, for both encoders over the classes that are shown in a resample."
     names, truth = data.sequences[split], data.labels[split]
     unit = stretches(names)
     first = [int((unit == u).nonzero()[0]) for u in unit.unique()]
     counts = [torch.stack([confusion_matrix(p['masks'][unit == u], truth[unit == u], data.classes) for u in unit.unique()]) for p in (a, b)]
-    miou = lambda rows: [iou(c[rows].sum(0)).nanmean().item() for c in counts]
+    def miou(rows):
+        shown = counts[0][rows].sum(0).sum(-1) > 0
+        return [iou(c[rows].sum(0))[shown].mean().item() for c in counts]
     by = {s: [u for u, i in enumerate(first) if names[i] == s] for s in dict.fromkeys(names)}
     gaps = {s: miou(rows) for s, rows in by.items()}
     return paired_bootstrap(miou, len(first), draws, seed) | {'by_sequence': {s: x - y for s, (x, y) in gaps.items()}}

@@ -31,6 +31,7 @@ def view_features(encoder: nn.Module,    # maps (n, c, h, w) to (n, f)
 
 def _two_views(encoder, images, views):
     h1, h2 = view_features(encoder, images, views)
+    if len(h1) > 1 and (h1 == h1[0]).all(): raise ValueError(f'encoder: its features are the same for all {len(h1)} images; accepted: one that has not collapsed')
     if torch.equal(h1, h2): raise ValueError('views: two views of an image are the same; accepted: a policy that changes images')
     return h1, h2
 
@@ -109,10 +110,10 @@ def audit_encoder(encoder: nn.Module,     # maps (n, c, h, w) to (n, f)
     check_labels({split: labels}, dataset.classes, split)
     (h1, h2), t = _two_views(encoder, images, views), extract_features(encoder, images, views)
     out = {}
+    values, interval, share = _target_pid(h1, h2, t, components)  # first, since it refuses what it cannot do and is quick
     for name, row in label_pid(h1, h2, labels, codes, permutations, replicates, seed).items():
         key = f'{split}_pid_broja_labels_{name}_bits'
         out |= {key if k == 'estimate' else f'{key}_{k}': v for k, v in row.items()}
-    values, interval, share = _target_pid(h1, h2, t, components)
     for i, name in enumerate(NAMES):
         key = f'{split}_pid_gaussian_image_{name}_nats'
         out |= {key: values[i].item(), f'{key}_low': interval[name][0].item(), f'{key}_high': interval[name][1].item()}

@@ -6,9 +6,10 @@
 __all__ = ['PANELS', 'PAIRS', 'setting', 'plot_beta', 'beta_table', 'ablation_table', 'paired_rows', 'half_width',
            'headline_table', 'plot_headline', 'headline_caption']
 
-# %% ../nbs/08_figures_curves.ipynb #976ef49f
+# %% ../nbs/08_figures_curves.ipynb #572b1dfa
+import itertools
 from .config import from_dict, identity
-from .figures import NAMES, WIDTH, default_identity, frame, methods, plotting, spread, value_of
+from .figures import NAMES, WIDTH, default_identity, frame, methods, one_setting_each, plotting, spread, value_of
 from .figures_base import SHORT
 from .runs import RunRecord
 
@@ -86,21 +87,22 @@ def ablation_table(records: list, # of one dataset and split
 PAIRS = (('pid_barlow', 'barlow'), ('pid_wmse', 'wmse'), ('pid', 'barlow'))
 
 def paired_rows(records: list, # of one preset and split: defaults of each loss, at one or several lengths, on one or several datasets
-               ) -> list:      # of dicts: dataset, ours, baseline, at, passes of both, metric, differences over the seeds both have (points)
-    "Each of `PAIRS` on each dataset and in each accuracy; pairs with fewer than two common seeds are left out."
+               ) -> list:      # of dicts: dataset, ours, baseline, at, passes of both, metric, differences over the seeds both have (points), runs (ids)
+    "Each of `PAIRS` on each dataset and in each accuracy; pairs with fewer than two common seeds are left out. Raises `ValueError` where a loss has several settings of one length."
+    one_setting_each(records)
     data, rows = frame(records), []
     split = data.eval_on.iloc[0]
     for dataset, here in data.groupby('dataset'):
         for ours, baseline in PAIRS:
-            b = here[here.loss == baseline].set_index('seed')
-            for epochs, a in sorted(here[here.loss == ours].groupby('epochs')):
-                a = a.set_index('seed')
+            for (epochs, a), (length, b) in itertools.product(*(here[here.loss == loss].groupby('epochs') for loss in (ours, baseline))):
+                a, b = a.set_index('seed'), b.set_index('seed')
                 seeds = a.index.intersection(b.index)
                 if len(seeds) < 2: continue
-                a, passes = a.loc[seeds], (a.loc[seeds].image_passes.mean(), b.loc[seeds].image_passes.mean())
-                equal = 'equal passes' if abs(passes[0]/passes[1] - 1) < 0.02 else 'equal epochs' if set(a.epochs) == set(b.epochs) else 'neither'
+                a, b = a.loc[seeds], b.loc[seeds]
+                passes = (a.image_passes.mean(), b.image_passes.mean())
+                equal = 'equal passes' if abs(passes[0]/passes[1] - 1) < 0.02 else 'equal epochs' if epochs == length else 'neither'
                 for key, name in PANELS.items():
-                    rows.append(dict(dataset=dataset, ours=ours, baseline=baseline, at=equal, passes=passes, metric=name, differences=a[f'{split}_{key}'] - b.loc[seeds, f'{split}_{key}']))
+                    rows.append(dict(dataset=dataset, ours=ours, baseline=baseline, at=equal, passes=passes, metric=name, differences=a[f'{split}_{key}'] - b[f'{split}_{key}'], runs=[*a.run_id, *b.run_id]))
     return rows
 
 def half_width(d: object, # pandas Series of differences
@@ -114,7 +116,7 @@ def headline_table(records: list, # as for `paired_rows`
     "Difference ours - baseline over the seeds both have, in points, with the 95 % interval of Student's t; the dataset where there are several."
     _, _, pd = plotting()
     found = paired_rows(records)
-    several, out = len({r['dataset'] for r in found}) > 1, []
+    several, out = len({r.config['dataset'] for r in records}) > 1, []
     for r in found:
         d, half = r['differences'], half_width(r['differences'])
         out.append({**({'dataset': SHORT.get(r['dataset'], r['dataset'])} if several else {}), 'comparison': f"{NAMES[r['ours']]} - {NAMES[r['baseline']]}", 'at': r['at'], 'image passes': f"{r['passes'][0]/1e6:.2f} M, {r['passes'][1]/1e6:.2f} M",
@@ -142,15 +144,18 @@ def plot_headline(records: list, # as for `paired_rows`
         ax.set(title=f'{NAMES[ours]}\nless {NAMES[baseline]}', yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel='points')
         ax.title.set_fontsize(7.5)
     handles = {h.get_label(): h for ax in axes[0] for h in ax.lines if not h.get_label().startswith('_')}
-    fig.legend(handles.values(), handles, frameon=False, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=len(handles), handletextpad=0.2, columnspacing=1.)
+    fig.legend(handles.values(), handles, frameon=False, loc='outside upper center', ncols=len(handles), handletextpad=0.2, columnspacing=1.)
     return fig
 
 def headline_caption(records: list, # as for `paired_rows`
                     ) -> str:       # two sentences
-    "Datasets with their size, lengths, split, device and settings, taken from the records."
-    data, where = frame(records), []
+    "Datasets with their size, lengths, split, device and settings of the runs that have a pair, and which have none yet."
+    paired = {i for row in paired_rows(records) for i in row['runs']}
+    used, where = [r for r in records if r.run_id in paired], []
+    data = frame(used)
     for note, d in data.groupby('dataset_note'):
         size = d.train_size.iloc[0]
         where.append(f"{note} ({f'{size:,}' if size else 'all'} training images at {d.image_size.iloc[0]} px)")
     first = f"{'; '.join(where)}; {' or '.join(map(str, sorted(set(data.epochs))))} epochs, {data.eval_on.iloc[0]} split, {', '.join(sorted(set(data.device_name)))}."
-    return ' '.join(filter(None, (first, methods(records))))
+    alone = sorted({f"{NAMES[r.config['loss']]} on {SHORT.get(r.config['dataset'], r.config['dataset'])}" for r in records if r.run_id not in paired and (r.config['loss'], r.config['dataset']) not in {(u.config['loss'], u.config['dataset']) for u in used}})
+    return ' '.join(filter(None, (first, methods(used), f"Left out, fewer than two paired seeds: {', '.join(alone)}." if alone else '')))

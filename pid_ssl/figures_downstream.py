@@ -166,6 +166,8 @@ _PAIR = {'linear': ('linear, one view', 'linear, pair of views', 'linear, gain o
 def _by_beta(records):
     # (beta, seed, measure, value) of pid, and the measures of Barlow Twins
     _, _, pd = plotting()
+    for b in {r.provenance['encoder']['beta'] for r in records if measured_by(r) == 'pid'}:  # raises where two encoders of a seed differ in something else
+        measures([r for r in records if measured_by(r) == 'pid' and r.provenance['encoder']['beta'] == b])
     rows = [dict(beta=r.provenance['encoder']['beta'], seed=r.provenance['encoder']['seed'], **{m.measure: m.value for m in measures([r]).itertuples()}) for r in records if measured_by(r) == 'pid']
     others = [{m.measure: m.value for m in measures([r]).itertuples()} for r in records if measured_by(r) == 'barlow']
     return pd.DataFrame(rows).sort_values(['beta', 'seed']), pd.DataFrame(others)

@@ -62,7 +62,8 @@ def recipe_table(records: list, # of `RunRecord`
             else: single.setdefault((sweep['loss'], sweep['eval_on'], runs[0].config['epochs']), []).append((sweep, runs[0]))
         for (loss, split, epochs), parts in single.items():
             common = {k: v for k, v in parts[0][0].items() if all(s.get(k) == v for s, _ in parts)}
-            more = {} if len(parts) == 1 else {'...': f'{len(parts)} settings, see its table'}
+            settings = len({str({**s, 'seed': None}) for s, _ in parts})
+            more = {} if len(parts) == 1 else {'...': f"{settings} settings{'' if settings == len(parts) else f' in {len(parts)} runs'}, see its table"}
             found.append((common | more, [r for _, r in parts]))
         for sweep, runs in found: rows.setdefault(repr(sweep), (sweep, runs, []))[2].append(name)
     out = []

@@ -88,12 +88,13 @@ def spearman_interval(x: np.ndarray,      # one number a setting
     return float(rho[0]), *map(float, np.nanpercentile(rho[1:], (2.5, 97.5)))
 
 def _families(means):
-    curve = (means.loss == 'pid') & means.setting.str.fullmatch(r'default|beta = [^,]+')
-    return {'all settings': means, 'losses': means[(means.loss != 'pid') | (means.setting == 'default')], 'beta curve': means[curve]}
+    curve = means[(means.loss == 'pid') & means.setting.str.fullmatch(r'default|beta = [^,]+')]
+    if len(curve): curve = curve[curve.epochs == curve.epochs.mode().iloc[0]]  # one length, that of most settings
+    return {'all settings': means, 'losses': means[means.setting == 'default'], 'beta curve': curve}
 
 def plot_relation(records: list, # of one dataset, preset and split
                  ):              # matplotlib Figure
-    "Linear accuracy against redundancy and synergy: a small mark a run, a large one the mean of a setting, square where it was trained for fewer epochs; rings are other settings of PID, those of the beta curve joined by a line."
+    "Linear accuracy against redundancy and synergy: a small mark a run, a large one the mean of a setting, square where it was trained for fewer epochs; rings are settings other than the default of a loss; those of the beta curve are joined by a line."
     plt, _, _ = plotting()
     data, means = frame(records), setting_means(records)
     split = data.eval_on.iloc[0]
@@ -107,7 +108,7 @@ def plot_relation(records: list, # of one dataset, preset and split
         for loss in [x for x in NAMES if x in set(means.loss)]:
             d, m = data[data.loss == loss], means[means.loss == loss]
             ax.plot(d[f'{split}_pid_coordinate_{atom}'], d[f'{split}_linear_logreg'], 'o', ms=2, mew=0, alpha=0.5, color=colour(loss))
-            ring = m[(m.loss == 'pid') & (m.setting != 'default')]
+            ring = m[m.setting != 'default']
             solid = m.drop(ring.index)
             ax.plot(ring[atom], ring.linear_logreg, 'o', ms=5, mfc='w', mec=colour(loss), mew=1, zorder=2)
             for mark, part in (('o', solid[solid.epochs == means.epochs.max()]), ('s', solid[solid.epochs < means.epochs.max()])):
@@ -159,7 +160,7 @@ STRENGTHS = {'cifar_weak': 'weak', 'cifar': 'default', 'cifar_strong': 'strong'}
 
 def plot_strength(records: list, # of one dataset, preset and split that differ in loss, policy and seed
                  ):              # matplotlib Figure
-    "Linear accuracy, redundancy and synergy against the strength of augmentation by loss: every seed a dot, the mean a line."
+    "Linear accuracy, redundancy and synergy against the strength of augmentation by loss: every seed a dot; the line joins means over the seeds that every strength has."
     plt, _, _ = plotting()
     data = frame(records)
     split, places = data.eval_on.iloc[0], [p for p in STRENGTHS if p in set(data.policy)]
@@ -168,9 +169,10 @@ def plot_strength(records: list, # of one dataset, preset and split that differ 
     for ax, (key, label) in zip(axes, panels.items()):
         for loss in [x for x in NAMES if x in set(data.loss)]:
             d = data[data.loss == loss]
-            at = {places.index(p): v[f'{split}_{key}'] for p, v in d.groupby('policy')}
+            at = {places.index(p): v.set_index('seed')[f'{split}_{key}'] for p, v in d.groupby('policy')}
             for x, v in at.items(): ax.plot([x]*len(v), v, 'o', ms=2.5, mew=0, alpha=0.6, color=colour(loss))
-            ax.plot(sorted(at), [at[x].mean() for x in sorted(at)], color=colour(loss), lw=1.2, label=NAMES[loss])
+            common = sorted(set.intersection(*(set(v.index) for v in at.values())))
+            ax.plot(sorted(at), [at[x].loc[common].mean() for x in sorted(at)], color=colour(loss), lw=1.2, label=f'{NAMES[loss]} ({len(common)})')
         ax.set(xlabel='augmentation', ylabel=label, xlim=(-0.3, len(places) - 0.7))
         ax.set_xticks(range(len(places)), [STRENGTHS[p] for p in places])
     fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc='outside upper center', ncols=5, handlelength=1.5, columnspacing=1.2)

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['Plan', 'behind', 'reproduce', 'comparison', 'summary', 'circumstances', 'main']
 
-# %% ../nbs/09_reproduce.ipynb #3bb3a7fb
-import argparse, dataclasses, difflib, json, os, sys
+# %% ../nbs/09_reproduce.ipynb #56aae924
+import argparse, dataclasses, difflib, json, sys, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from .config import ConfigError, project_root
+from .config import POLICIES_BY_DATASET, ConfigError, digest, from_dict, identity, project_root
 from .controlled_benchmark import ControlledConfig, controlled_config, controlled_id, load_controlled
-from .downstream import DownstreamConfig, downstream_config, load_downstream
+from .downstream import DENSE, TUNED, DownstreamConfig, downstream_config, load_downstream
+from .data import DataError, load_dataset
 from .figures import plotting
 from .figures_base import markdown_table
 from .figures_recipes import settings_of
+from .models import StorageError, writing
 from .runs import RecordError, RunRecord, load_records
 from .runs_sweep import SweepFailed, SweepStopped, run_commands, run_sweep
 from .trainers import device_class
@@ -72,6 +74,8 @@ _HERE = ('home', 'data_dir', 'threads', 'force')  # of this machine and not of t
 def _measurement(record, run):
     # the config of a measurement, of the run that stands for the record's
     c = downstream_config({**record.config, 'run': run})
+    # the first records of fine-tuning leave the policy open: it was that of the dataset's name
+    if c.task in TUNED and c.policy == 'auto': c = dataclasses.replace(c, policy=POLICIES_BY_DATASET.get(c.dataset, 'cifar'))
     reads = lambda f: c.task in (f.metadata['losses'] or (c.task,))
     return dataclasses.replace(c, **{f.name: f.default for f in dataclasses.fields(c) if f.name in _HERE or not reads(f)})
 
@@ -82,16 +86,18 @@ def reproduce(plan: Plan,                  # from `behind`
               workers: int = 1,            # processes at a time
               data_dir: str | None = None, # folder of datasets; default $PID_SSL_DATA, then data/datasets
              ) -> dict:                    # id of a committed record -> the `RunRecord` made again
-    "Make the records of a plan again. Raises `ConfigError` before anything is started, `SweepFailed`, `SweepStopped`."
+    "Make the records of a plan again. Raises `ConfigError` before anything is started, `SweepFailed`, `SweepStopped`, `RecordError`."
     home = Path(home).expanduser().resolve()
-    if home == project_root().resolve(): raise ConfigError('home', str(home), 'another folder: here the committed records would be taken for new ones')
+    if (home/'settings.ini').exists() or (home/'figures'/'manifest.json').exists(): raise ConfigError('home', str(home), 'another folder: here committed records would be taken for new ones')
     every = plan.runs + plan.downstream + plan.controlled
     if not every: raise ConfigError('figure', ', '.join(plan.files) or 'nothing', 'something made from run records; times and errors are measured by nbs/13_benchmarks.ipynb and nbs/13_benchmarks_training.ipynb')
     for device in sorted({r.provenance['device'] for r in every}): device_class(downstream_config({'device': device}))
     local = dict(home=str(home), **({'data_dir': str(Path(data_dir).expanduser().resolve())} if data_dir else {}))
+    _refuse_other_data(every, home, data_dir)
     threads = lambda r: {'threads': r.provenance['threads']} if r.provenance.get('threads') else {}
     made = {}
     if plan.runs:
+        for r in plan.runs: _forget(r, home, any(m.config['run'] == r.run_id for m in plan.downstream))
         blocks = [{**settings_of(r), **threads(r), 'device': r.provenance['device'], **local} for r in plan.runs]
         again = run_sweep({'block': blocks}, workers, 'reproduce', notebooks=False)
         if len(again) < len(plan.runs): raise ConfigError('figure', f'{len(plan.runs)} runs of {len(again)} settings', 'one at a time, where runs differ in their data alone')
@@ -106,18 +112,48 @@ def reproduce(plan: Plan,                  # from `behind`
     if commands:
         print(f'{len(plan.downstream) + len(plan.controlled)} measurements, {len(commands)} to make, {workers} at a time', flush=True)
         run_commands(commands, home/'data'/'sweeps'/'reproduce', workers)
-    for r in plan.downstream: made[r.run_id] = _again(_measurement(r, made[r.config['run']].run_id), home)[0]
-    for r in plan.controlled: made[r.run_id] = _controlled_again(controlled_config({k: v for k, v in r.config.items() if k not in _HERE}), home)[0]
+    for r in plan.downstream: made[r.run_id] = _only(_again(_measurement(r, made[r.config['run']].run_id), home), r, home)
+    for r in plan.controlled: made[r.run_id] = _only(_controlled_again(controlled_config({k: v for k, v in r.config.items() if k not in _HERE}), home), r, home)
     return made
 
-def _again(config, home): return [r for r in load_downstream(home/'data'/'downstream', run=config.run, task=config.task, weights=config.weights) if _same(_measurement(r, config.run), config)]
+def _only(found, record, home):
+    if not found: raise RecordError(f'{record.run_id}: no record in {home/"data"} has its settings after it was made again; accepted: an empty home')
+    return found[0]
+
+def _refuse_other_data(records, home, data_dir):
+    here = [*load_records(home/'data'/'runs'), *load_downstream(home/'data'/'downstream')]
+    sets = {}
+    for r in records:
+        c = r.config
+        if 'arm' not in c and c.get('task') not in DENSE: sets[c['dataset'], c['image_size'], c['train_size']] = None
+    for old in here:
+        c = old.config
+        key = (c['dataset'], c['image_size'], c['train_size'])
+        if key not in sets or c.get('task') in DENSE or c.get('task') == 'low_label': continue
+        if sets[key] is None:
+            with writing(home): sets[key] = load_dataset(*key, data_dir, cache_dir=home/'data'/'cache').content_hash
+        if old.provenance['dataset_hash'] != sets[key]: raise ConfigError('home', str(home), f"an empty folder: record {old.run_id} there was made from another copy of {c['dataset']} ({old.provenance['dataset_hash'][:16]}, and {sets[key][:16]} is here now)")
+
+def _forget(record, home, needed):
+    # a run whose weights are gone cannot be measured: it is made again
+    same = lambda r: identity(from_dict(r.config)) == identity(from_dict(record.config))
+    for r in (load_records(home/'data'/'runs') if needed else []):
+        if same(r) and not (home/'data'/'checkpoints'/r.run_id/'final'/'header.json').exists(): (home/'data'/'runs'/f'{r.run_id}.json').unlink()
+
+def _again(config, home):
+    # a control is the same for every run with its seed and data, and has one record
+    run = load_records(home/'data'/'runs')
+    about = {r.run_id: [r.config.get(k) for k in ('dataset', 'image_size', 'train_size', 'encoder', 'width', 'seed')] for r in run}
+    found = load_downstream(home/'data'/'downstream', task=config.task, weights=config.weights)
+    mine = lambda r: r.config['run'] == config.run or config.weights != 'pretrained' and about.get(r.config['run'], 0) == about.get(config.run, 1)
+    return [r for r in found if mine(r) and _same(_measurement(r, config.run), config)]
 
 def _controlled_again(config, home): return [r for r in load_controlled(home/'data'/'controlled') if r.run_id == controlled_id(config)]
 
 # %% ../nbs/09_reproduce.ipynb #571f169b
 def comparison(plan: Plan, # what was committed
                made: dict, # from `reproduce`
-              ):           # pandas DataFrame: record, again, what, metric, committed, reproduced, difference
+              ):           # pandas DataFrame: record, again, what, setting, metric, committed, reproduced, difference
     "One row a metric of each record that was asked for; a metric that only one of the two has is left empty."
     _, _, pd = plotting()
     rows = []
@@ -125,21 +161,23 @@ def comparison(plan: Plan, # what was committed
         if r.run_id not in plan.asked: continue
         new, c = made[r.run_id], r.config
         what = ' '.join(str(v) for v in (c.get('arm') or c.get('task') or c['loss'], c.get('dataset') or c.get('pairing'), f"seed {r.provenance.get('encoder', c).get('seed', c['seed'])}"))
+        setting = digest([{k: v for k, v in c.items() if k not in _HERE + ('run', 'seed')}, {k: v for k, v in r.provenance.get('encoder', {}).items() if k not in ('run', 'seed', 'sha256')}])
         for k in dict.fromkeys([*r.metrics, *new.metrics]):
             a, b = (x.metrics.get(k) for x in (r, new))
-            rows.append({'record': r.run_id, 'again': new.run_id, 'what': what, 'metric': k, 'committed': a, 'reproduced': b, 'difference': None if a is None or b is None else b - a})
+            rows.append({'record': r.run_id, 'again': new.run_id, 'what': what, 'setting': setting, 'metric': k, 'committed': a, 'reproduced': b, 'difference': None if a is None or b is None else b - a})
     return pd.DataFrame(rows).astype({k: float for k in ('committed', 'reproduced', 'difference')})
 
 def summary(table, # of `comparison`
            ):      # pandas DataFrame of text
-    "One row a metric: in how many records it is the same to the last digit, and by how much it differs otherwise."
+    "One row a metric: in how many records it is the same to the last digit, by how much it differs otherwise, and the standard deviation between seeds of one setting, pooled over settings."
     _, _, pd = plotting()
     rows = []
     for metric, d in table.groupby('metric', sort=False):
         if metric.endswith('_C'): continue
-        gap = d.difference.abs()
+        gap, settings = d.difference.abs(), [s.committed for _, s in d.groupby('setting') if len(s) > 1]
+        free = sum(len(s) - 1 for s in settings)
         rows.append({'metric': metric, 'records': str(len(d)), 'the same': str(int((gap == 0).sum())), 'largest difference': '-' if gap.isna().all() else f'{gap.max():.3g}',
-                     'mean difference': '-' if gap.isna().all() else f'{d.difference.mean():+.3g}', 'spread of the committed': f'{d.committed.std():.3g}' if len(d) > 1 else ''})
+                     'mean difference': '-' if gap.isna().all() else f'{d.difference.mean():+.3g}', 'deviation between seeds': f'{(sum(s.var()*(len(s) - 1) for s in settings)/free)**0.5:.3g}' if free else ''})
     return pd.DataFrame(rows)
 
 def circumstances(plan: Plan, # what was committed
@@ -157,7 +195,7 @@ def circumstances(plan: Plan, # what was committed
 def _hours(seconds): return f'{seconds/3600:.1f} hours' if seconds >= 3600 else f'{seconds/60:.0f} minutes'
 
 def main(argv: list | None = None, # default the process's arguments
-        ) -> int:                  # exit status: 0 made and compared; 1 some could not be made, 2 bad input, 128 + signal when stopped
+        ) -> int:                  # exit status: 0 made and compared; 1 some could not be made, 2 bad input, 4 not writable, 128 + signal when stopped
     "Reproduce figures, tables or records, and print what differs."
     parser = argparse.ArgumentParser(prog='python -m pid_ssl.reproduce', description='Make the records behind a figure or table again in a folder of their own, and compare every number with the committed one.')
     parser.add_argument('figure', nargs='+', help='a name in figures/manifest.json, or the id of a record')
@@ -172,13 +210,16 @@ def main(argv: list | None = None, # default the process's arguments
         for f in dict.fromkeys(plan.files): print(f'not made again: data/{f}, times and errors that nbs/13_benchmarks.ipynb and nbs/13_benchmarks_training.ipynb measure')
         if given.plan: return 0
         if not given.home: raise ConfigError('home', given.home, 'a folder for what is made, with --home; or --plan')
+        plotting()  # what is missing is said before the work
+        path = Path(given.home).expanduser().resolve()/'reproduced.csv'
+        with writing(path): path.parent.mkdir(parents=True, exist_ok=True); tempfile.TemporaryFile(dir=path.parent).close()
         made = reproduce(plan, given.home, given.workers, given.data_dir)
-    except (ConfigError, RecordError) as e: print(f'error: {e}', file=sys.stderr); return 2
+        table = comparison(plan, made)
+        with writing(path): table.to_csv(path, index=False)
+    except (ConfigError, DataError, RecordError, ImportError) as e: print(f'error: {e}', file=sys.stderr); return 2
+    except StorageError as e: print(f'error: {e}', file=sys.stderr); return 4
     except SweepFailed as e: print(f'error: {e}', file=sys.stderr); return 1
     except SweepStopped as e: print(e, file=sys.stderr); return 128 + e.signal
-    table = comparison(plan, made)
-    path = Path(given.home).expanduser().resolve()/'reproduced.csv'
-    table.to_csv(path, index=False)
     print(markdown_table(summary(table)))
     for sentence in circumstances(plan, made): print(sentence)
     print(f"{int((table.difference == 0).sum())} of {len(table)} numbers are the same to the last digit; all of them: {path}")

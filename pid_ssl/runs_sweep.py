@@ -11,6 +11,7 @@ import argparse, collections, contextlib, dataclasses, importlib.util, itertools
 from pathlib import Path
 import torch
 from .config import Config, ConfigError, digest, from_dict, identity, project_root, resolve
+from .models import StorageError, writing
 from .runs import home_folder, load_records, runs_folder
 
 # %% ../nbs/06_runs_sweep.ipynb #dd668d21
@@ -146,7 +147,8 @@ def _signals():
 def _names(configs):
     "A name for each: the fields in which they differ."
     fields = [f.name for f in dataclasses.fields(Config) if len({getattr(c, f.name) for c in configs}) > 1]
-    return [re.sub(r'[^\w.=-]', '-', '_'.join(f'{k}={getattr(c, k)}' for k in fields if getattr(c, k) is not None)) or 'run' for c in configs]
+    names = [re.sub(r'[^\w.=-]', '-', '_'.join(f'{k}={getattr(c, k)}' for k in fields if getattr(c, k) is not None)) or 'run' for c in configs]
+    return [n if len(n) <= 120 else f'{n[:100]}-{digest(n)}' for n in names]  # file systems end at 143 to 255 letters
 
 def _time(seconds): return f'{seconds:.0f} s' if seconds < 90 else f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
 
@@ -194,7 +196,8 @@ def _work(runs, folder, workers, total):
     "Keep `workers` processes going; reasons of failures, and the number of the signal that stopped it."
     waiting, failures, took, running = collections.deque(runs), {}, [], []
     threads = max(1, _cores()//workers)
-    if runs: folder.mkdir(parents=True, exist_ok=True)
+    if runs:
+        with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     with _signals() as came:
         try:
             while (waiting or running) and not came:
@@ -255,7 +258,7 @@ def submit_sweep(sweep: dict,              # config field -> value, or list of v
 
 # %% ../nbs/06_runs_sweep.ipynb #2a247cdb
 def main(argv: list | None = None, # default the process's arguments
-        ) -> int:                  # exit status: 0; 1 runs failed, 2 bad input, 128 + signal when stopped
+        ) -> int:                  # exit status: 0; 1 runs failed, 2 bad input, 4 not writable, 128 + signal when stopped
     "Make a sweep from the command line."
     parser = argparse.ArgumentParser(prog='python -m pid_ssl.runs_sweep', description='Make every run of a sweep file that has no finished record.')
     parser.add_argument('sweep', help='a .toml or .json file')
@@ -265,6 +268,7 @@ def main(argv: list | None = None, # default the process's arguments
     try: run_sweep(given.sweep, given.workers, notebooks=given.notebooks); return 0
     except ConfigError as e: print(f'error: {e}', file=sys.stderr); return 2
     except SweepFailed as e: print(f'error: {e}', file=sys.stderr); return 1
+    except StorageError as e: print(f'error: {e}', file=sys.stderr); return 4
     except SweepStopped as e: print(e, file=sys.stderr); return 128 + e.signal
 
 # %% ../nbs/06_runs_sweep.ipynb #f27be92a

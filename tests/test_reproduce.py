@@ -13,11 +13,11 @@ from conftest import ROOT
 from fault_harness import ARGS
 from PIL import Image
 
-from pid_ssl.config import Config
-from pid_ssl.controlled_benchmark import ControlledConfig, run_controlled
-from pid_ssl.downstream import DownstreamConfig, downstream_config, run_downstream
-from pid_ssl.reproduce import behind, circumstances, comparison, reproduce
-from pid_ssl.runs import load_record
+from pid_ssl.config import Config, ConfigError
+from pid_ssl.controlled_benchmark import ControlledConfig, controlled_config, controlled_id, run_controlled
+from pid_ssl.downstream import DownstreamConfig, downstream_config, resolve_downstream, run_downstream
+from pid_ssl.reproduce import _measurement, _same, behind, circumstances, comparison, reproduce
+from pid_ssl.runs import RunRecord, load_record
 from pid_ssl.trainers import pretrain
 
 
@@ -120,3 +120,56 @@ def test_what_cannot_be_made_is_said(project, tmp_path):
     assert not list(project.glob("data/checkpoints/*"))
     done = command(project, run.run_id, "--home", tmp_path / "again", "--data_dir", tmp_path / "mine")  # by the id of a record
     assert done.communicate(timeout=120)[0].count("the same to the last digit") == 1 and done.returncode == 0
+
+
+@pytest.mark.parametrize("folder", ("downstream", "controlled"))
+def test_every_committed_measurement_would_be_found_again(folder):
+    """What a record asks for today, filled in as today, is what `reproduce` looks for: those from before a field existed too."""
+    for path in sorted((ROOT / "data" / folder).glob("*.json")):
+        if folder == "controlled":
+            record = load_record(path, controlled_config)
+            assert controlled_id(controlled_config({k: v for k, v in record.config.items() if k not in ("home", "threads")})) == record.run_id
+            continue
+        record = load_record(path, downstream_config)
+        asked = _measurement(record, record.config["run"])
+        run = load_record(ROOT / f"data/runs/{asked.run}.json").config
+        images = 0 if asked.task not in ("finetune", "low_label") else round(asked.fraction * record.provenance["images"]["train"]) if asked.task == "low_label" else record.provenance["images"]["train"]
+        resolved = resolve_downstream(asked, run, images)
+        assert _same(_measurement(RunRecord("0" * 16, "finished", vars(resolved)), asked.run), asked), path.stem
+
+
+def test_few_labels_from_before_the_policy_was_recorded(project, tmp_path):
+    run = pretrain(Config(**ARGS | dict(loss="barlow", epochs=1), home=str(project)))
+    task = run_downstream(DownstreamConfig(run=run.run_id, task="low_label", fraction=0.05, draws=1, epochs=1, home=str(project), threads=1))
+    path = project / f"data/downstream/{task.run_id}.json"
+    task.config["policy"] = "auto"
+    task.save(path.parent)
+    publish(project, few=[task.run_id])
+    plan = behind(["few"], project)
+    made = reproduce(plan, tmp_path / "again")
+    assert (comparison(plan, made).difference == 0).all()
+    started = made[task.run_id].provenance["started"]
+    assert reproduce(plan, tmp_path / "again")[task.run_id].provenance["started"] == started, "made once"
+
+
+def test_a_home_with_a_history(project, tmp_path):
+    """Records of another copy of the data, weights that were deleted, a control that was measured through another run, a folder that cannot be written."""
+    images(tmp_path / "mine/toys", 0)
+    images(tmp_path / "theirs/toys", 1)
+    here = {**ARGS, "epochs": 1, "dataset": "toys", "image_size": 8}
+    runs = {loss: pretrain(Config(**here | dict(loss=loss), home=str(project), data_dir=str(tmp_path / "mine"))) for loss in ("barlow", "vicreg")}
+    task = run_downstream(DownstreamConfig(run=runs["barlow"].run_id, weights="untrained", home=str(project), data_dir=str(tmp_path / "mine"), threads=1))
+    publish(project, control=[task.run_id])
+    plan, home = behind(["control"], project), tmp_path / "again"
+    other = pretrain(Config(**here | dict(loss="vicreg"), home=str(home), data_dir=str(tmp_path / "mine")))
+    run_downstream(DownstreamConfig(run=other.run_id, weights="untrained", home=str(home), data_dir=str(tmp_path / "mine"), threads=1))
+    made = reproduce(plan, home, data_dir=str(tmp_path / "mine"))
+    assert made[task.run_id].metrics == task.metrics and made[task.run_id].config["run"] == other.run_id
+    with pytest.raises(ConfigError, match="home: got .* was made from another copy of toys"):
+        reproduce(plan, home, data_dir=str(tmp_path / "theirs"))
+    shutil.rmtree(home / "data/checkpoints")
+    shutil.rmtree(home / "data/downstream")
+    assert reproduce(plan, home, data_dir=str(tmp_path / "mine"))[task.run_id].metrics == task.metrics
+    (tmp_path / "file").touch()
+    done = command(project, "control", "--home", tmp_path / "file" / "home")
+    assert "cannot be written" in done.communicate(timeout=120)[1] and done.returncode == 4
