@@ -130,6 +130,7 @@ def plot_headline(records: list, # as for `paired_rows`
     found = paired_rows(records)
     pairs = [p for p in PAIRS if any((r['ours'], r['baseline']) == p for r in found)]
     datasets, names = list(dict.fromkeys(r['dataset'] for r in found)), list(PANELS.values())
+    number = {d: ' or '.join(map(str, sorted({len(r['differences']) for r in found if r['dataset'] == d}))) for d in datasets}
     fig, axes = plt.subplots(1, len(pairs), figsize=(2*WIDTH, 0.9 + 0.16*len(names)*len(datasets)), sharex=True, sharey=True, squeeze=False)
     for ax, (ours, baseline) in zip(axes[0], pairs):
         for r in found:
@@ -138,7 +139,7 @@ def plot_headline(records: list, # as for `paired_rows`
             y, half = names.index(r['metric']) + 0.7*((i + 0.5)/len(datasets) - 0.5), half_width(d)
             ax.plot([d.mean() - half, d.mean() + half], [y, y], color=f'C{i}', lw=1)
             ax.plot(d, [y]*len(d), 'o', ms=2, color=f'C{i}', alpha=0.5, mew=0)
-            ax.plot(d.mean(), y, 'o', ms=4, color=f'C{i}', mew=0, label=f"{SHORT.get(r['dataset'], r['dataset'])} ({len(d)})")
+            ax.plot(d.mean(), y, 'o', ms=4, color=f'C{i}', mew=0, label=f"{SHORT.get(r['dataset'], r['dataset'])} ({number[r['dataset']]})")
         ax.axvline(0, ls=':', lw=0.9, color='0.4')
         for j in range(1, len(names)): ax.axhline(j - 0.5, lw=0.4, color='0.88', zorder=0)
         ax.set(title=f'{NAMES[ours]}\nless {NAMES[baseline]}', yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel='points')
