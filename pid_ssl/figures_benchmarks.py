@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['measured', 'turns', 'middle', 'pid_speed_table', 'loss_speed_table', 'loss_speed_cells', 'loss_speed_caption',
            'turns_caption', 'view_speed_table', 'train_speed_table', 'eval_speed_table', 'faults_table',
-           'plot_calibration', 'calibration_table', 'calibration_caption', 'plot_speed']
+           'reproduced_table', 'reproduced_caption', 'plot_calibration', 'calibration_table', 'calibration_caption',
+           'plot_speed']
 
-# %% ../nbs/08_figures_benchmarks.ipynb #9ef68454
+# %% ../nbs/08_figures_benchmarks.ipynb #1d263647
+import re
 import numpy as np
 from .figures import WIDTH, plotting
 
@@ -125,6 +127,23 @@ def faults_table(record: dict, # faults
     rows.append((f"memory over {m['steps_counted']:,} steps, after as many",
                  f"{m['resident_bytes_per_step']:+.0f} ± {m['resident_bytes_per_step_standard_error']:.0f} bytes a step of {m['resident_bytes']/1e6:,.0f} MB ({m['runs']} runs)", f"{m['open_files_per_step'] + 0:.0f} more open files"))
     return _table(('what', 'how often, how much', 'wrong'), rows)
+
+def reproduced_table(record: list, # reproduced
+                    ):             # pandas DataFrame of text
+    "What was made again, how much of it is the same to the last digit, the largest difference in an accuracy, and what differs besides."
+    rows = []
+    for o in record:
+        worst, names = o['largest'], ', '.join(o['names'])
+        rows.append((names if len(o['names']) == 1 or not re.fullmatch(r'[0-9a-f]{16}', o['names'][0]) else f"{len(o['names'])} runs", str(o['records']), str(o['records_same']), f"{o['same']} of {o['numbers']}",
+                     '0' if not worst or not worst['points'] else f"{worst['points']:+.2f} ({worst['what']}, {worst['metric']}{', deviation between seeds ' + worst['deviation_between_seeds'] if worst['deviation_between_seeds'] else ''})", ', '.join(c.split(':')[0] for c in o['circumstances']) or 'nothing'))
+    return _table(('made again', 'records', 'of these the same', 'numbers the same', 'largest difference in an accuracy (points)', 'differs besides'), rows)
+
+def reproduced_caption(record: list, # reproduced
+                      ) -> str:      # a sentence
+    "Device, threads, versions and commits of what was made again."
+    join = lambda values: ', '.join(sorted(set(values)))
+    threads = sorted({t for o in record for t in o['threads']})
+    return f"The same: to the last digit. Made again on {join(o['device'] for o in record)} with {' or '.join(map(str, threads))} thread{'s' if threads != [1] else ''}, torch {join(o['versions']['torch'] for o in record)}, on {join(o['date'] for o in record)}, commit {join(c[:7] for o in record for c in o['git_commit'])}."
 
 # %% ../nbs/08_figures_benchmarks.ipynb #d3036928
 def plot_calibration(record: dict, # pid_error
