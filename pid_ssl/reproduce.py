@@ -167,8 +167,8 @@ def comparison(plan: Plan, # what was committed
             rows.append({'record': r.run_id, 'again': new.run_id, 'what': what, 'setting': setting, 'metric': k, 'committed': a, 'reproduced': b, 'difference': None if a is None or b is None else b - a})
     return pd.DataFrame(rows).astype({k: float for k in ('committed', 'reproduced', 'difference')})
 
-def summary(table, # of `comparison`
-           ):      # pandas DataFrame of text
+def summary(table: object, # of `comparison`
+           ):              # pandas DataFrame of text
     "One row a metric: in how many records it is the same to the last digit, by how much it differs otherwise, and the standard deviation between seeds of one setting, pooled over settings."
     _, _, pd = plotting()
     rows = []
