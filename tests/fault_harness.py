@@ -94,7 +94,7 @@ def list_points(home, file):
 
 def at_step(step, act):
     """Call `act` when a step is about to be made; what it returns, if anything, is the loss."""
-    from pid_ssl.trainers import Pretraining
+    from pid_ssl.experiments.pretrain import Pretraining
 
     real = Pretraining.batch_loss
 
@@ -171,7 +171,7 @@ def child(home, args, log, fault, parameters):
     os.environ.pop("IN_TEST", None)
     # a shell that starts the tests in the background has SIGINT ignored, and a run respects that
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from pid_ssl.trainers import main
+    from pid_ssl.experiments.pretrain import main
 
     if fault:
         FAULTS[fault](home, *parameters)
@@ -207,8 +207,8 @@ class Run:
         return sorted((self.home / "data/checkpoints").glob("*/*-*"))
 
     def result(self):
-        from pid_ssl.models import load_checkpoint
-        from pid_ssl.runs import load_record
+        from pid_ssl.records import load_checkpoint
+        from pid_ssl.records import load_record
 
         (path,) = self.records
         record = load_record(path)
@@ -342,7 +342,7 @@ def provenance():
     from importlib.metadata import version
 
     from pid_ssl.config import source_hash
-    from pid_ssl.runs import device_name
+    from pid_ssl.records import device_name
 
     versions = {p: version(p) for p in ("torch", "numpy", "safetensors", "pyarrow", "hypothesis")}
     return dict(device=device_name("cpu"), threads=1, date=time.strftime("%Y-%m-%d", time.gmtime()), python=platform.python_version(), source_hash=source_hash(), versions=versions, run=ARGS)

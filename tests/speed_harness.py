@@ -60,7 +60,7 @@ def views(side, name):
     """Images a second over 10,240 CIFAR-10 images at 32 px, after a warm-up."""
     import torch
 
-    from pid_ssl.views import POLICIES, ViewMaker
+    from pid_ssl.data.views import POLICIES, ViewMaker
 
     x = images(count=10_240).images["train"]
     torch.set_num_threads(THREADS)
@@ -110,7 +110,7 @@ def ours(net, steps, amp="off", **other):
     """The package's own loop, timed as a whole; then the same step taken apart."""
     import torch
 
-    from pid_ssl.trainers_base import Pretraining
+    from pid_ssl.experiments.training import Pretraining
 
     torch.set_num_threads(THREADS)
     c = config(net, amp=amp, **other)
@@ -147,7 +147,7 @@ def lightly_recipe(net, steps, workers=WORKERS, threads=THREADS):
     from lightly.loss import BarlowTwinsLoss
     from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 
-    from pid_ssl.trainers_base import build_embed
+    from pid_ssl.experiments.training import build_embed
 
     torch.set_num_threads(threads)
     c = config(net)
@@ -191,7 +191,7 @@ def evaluation():
 
     from pid_ssl.data import ViewMaker
     from pid_ssl.evaluate import extract_features, knn_accuracy, linear_probe
-    from pid_ssl.trainers_base import Pretraining
+    from pid_ssl.experiments.training import Pretraining
 
     torch.set_num_threads(THREADS)
     c = config("CPU net", width=128, epochs=2, optimizer="adamw", lr=2e-3, policy="cifar")
@@ -269,7 +269,7 @@ def provenance():
 
     from pid_ssl.config import source_hash
     from pid_ssl.data import load_dataset
-    from pid_ssl.runs import device_name, git_state
+    from pid_ssl.records import device_name, git_state
 
     return dict(device=device_name("cpu"), cores=THREADS, threads=THREADS, workers=WORKERS, batch_size=BATCH, load_before=os.getloadavg()[0], data=load_dataset("cifar10").note, python=platform.python_version(),
                 versions={p: version(p) for p in ("torch", "torchvision", "lightly", "scikit-learn", "pillow")}, source_hash=source_hash(), **git_state(ROOT))

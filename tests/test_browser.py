@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from pid_ssl.report import find_browser
+from pid_ssl.paper.report import find_browser
 
 pytestmark = pytest.mark.browser
 NOTEBOOKS = sorted([*(ROOT / "nbs").glob("1[0-9]_*.ipynb"), ROOT / "nbs/run_experiment.ipynb"])

@@ -9,11 +9,11 @@ from conftest import ROOT
 from scipy import stats
 
 from pid_ssl.config import ConfigError
-from pid_ssl.controlled import PARTS, ControlledAtoms, Trifeature, draw, synergy_table
-from pid_ssl.controlled_benchmark import ARMS, Arm, ControlledConfig, controlled_config, controlled_id, load_controlled, mlp_probe, run_controlled
+from pid_ssl.data.trifeature import PARTS, ControlledAtoms, Trifeature, draw, synergy_table
+from pid_ssl.experiments.controlled import ARMS, Arm, ControlledConfig, controlled_config, controlled_id, load_controlled, mlp_probe, run_controlled
 from pid_ssl.evaluate import linear_probe
 from pid_ssl.pid import discrete_information, pid_discrete
-from pid_ssl.runs import RecordError, load_record, load_records
+from pid_ssl.records import RecordError, load_record, load_records
 
 
 def codes(world, n, seed):
@@ -155,9 +155,9 @@ def test_pairing_synergy_makes_the_match_linear():
 
 
 def test_records_are_of_their_own_kind(home, monkeypatch):
-    monkeypatch.setattr("pid_ssl.controlled_benchmark.PROBE_PAIRS", {"fit": 200, "val": 100, "test": 100})
+    monkeypatch.setattr("pid_ssl.experiments.controlled.PROBE_PAIRS", {"fit": 200, "val": 100, "test": 100})
     for name, value in (("AUDIT_PAIRS", 200), ("PROBE_STEPS", 20), ("AUDIT_STEPS", 20)):
-        monkeypatch.setattr(f"pid_ssl.controlled_benchmark.{name}", value)
+        monkeypatch.setattr(f"pid_ssl.experiments.controlled.{name}", value)
     config = ControlledConfig("clip", steps=2, batch_size=16, drawings=1, width=4, dim=8, image_size=16, home=str(home))
     record = run_controlled(config)
     path = home/"data"/"controlled"/f"{controlled_id(config)}.json"

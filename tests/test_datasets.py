@@ -23,7 +23,7 @@ from PIL import Image
 from pid_ssl import data_stream
 from pid_ssl.config import Config, ConfigError, resolve
 from pid_ssl.data import DATASETS, DataError, load_dataset, open_source
-from pid_ssl.trainers import Pretraining, main, pretrain
+from pid_ssl.experiments.pretrain import Pretraining, main, pretrain
 
 RNG = np.random.default_rng(0)
 
@@ -315,7 +315,7 @@ def test_full_disk_is_said_before_training(home, monkeypatch, capsys):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from pid_ssl.data_stream import mapped_images
+from pid_ssl.data.stream import mapped_images
 def chunks():
     yield np.zeros((2, 1, 8, 8), np.uint8)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -337,9 +337,9 @@ MEMORY = """
 import json, sys
 import torch
 from pid_ssl import data, data_stream
-from pid_ssl.trainers import Pretraining
+from pid_ssl.experiments.pretrain import Pretraining
 from pid_ssl.evaluate import extract_features
-from pid_ssl.views import ViewMaker
+from pid_ssl.data.views import ViewMaker
 torch.set_num_threads(1)
 data.WHOLE_SUMS = 0  # as for a set of more values
 anonymous = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])*1024

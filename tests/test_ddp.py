@@ -19,10 +19,10 @@ from pid_ssl import trainers_base, trainers_ddp
 from pid_ssl.config import Config, resolve
 from pid_ssl.data import load_dataset
 from pid_ssl.losses import LOSSES
-from pid_ssl.models import load_checkpoint
-from pid_ssl.runs import load_record, lock_run, run_id
-from pid_ssl.trainers import Pretraining
-from pid_ssl.trainers_ddp import GlobalBatchNorm, Processes, share_batchnorm
+from pid_ssl.records import load_checkpoint
+from pid_ssl.records import load_record, lock_run, run_id
+from pid_ssl.experiments.pretrain import Pretraining
+from pid_ssl.experiments.processes import GlobalBatchNorm, Processes, share_batchnorm
 
 N, D = 32, 4
 # name of the loss, its arguments, targets it gets

@@ -12,10 +12,10 @@ from sklearn.metrics import accuracy_score, jaccard_score
 
 from pid_ssl.config import ConfigError
 from pid_ssl.data import DataError
-from pid_ssl.data_dense import digit_scenes, load_detection, load_segmentation, png, write_dense
-from pid_ssl.evaluate_dense import feature_maps, fit, paired_bootstrap, untrained_control
-from pid_ssl.evaluate_detection import average_precision, coco_evaluation, detection, detection_interval, detection_metrics
-from pid_ssl.evaluate_segmentation import _cross_entropy, confusion_matrix, segmentation, segmentation_interval, segmentation_metrics
+from pid_ssl.data.dense import digit_scenes, load_detection, load_segmentation, png, write_dense
+from pid_ssl.evaluate.dense import feature_maps, fit, paired_bootstrap, untrained_control
+from pid_ssl.evaluate.detection import average_precision, coco_evaluation, detection, detection_interval, detection_metrics
+from pid_ssl.evaluate.segmentation import _cross_entropy, confusion_matrix, segmentation, segmentation_interval, segmentation_metrics
 from pid_ssl.models import build_encoder
 
 
@@ -87,7 +87,7 @@ def test_unlabelled_pixels_count_nowhere(scenes):
 def test_counts_beyond_32_bits():
     c = torch.full((2, 2), 2**40)
     assert confusion_matrix(torch.zeros(1, 2, 2).byte(), torch.zeros(1, 2, 2).byte(), 2).dtype == torch.int64
-    from pid_ssl.evaluate_segmentation import iou
+    from pid_ssl.evaluate.segmentation import iou
 
     assert iou(c).tolist() == pytest.approx([100 / 3] * 2)
 

@@ -25,15 +25,16 @@ from torch import nn
 from pid_ssl import downstream, evaluate_labels
 from pid_ssl.config import Config, ConfigError
 from pid_ssl.data import DataError, ViewMaker, load_dataset
-from pid_ssl.data_dense import digit_scenes
-from pid_ssl.downstream import DownstreamConfig, downstream_config, downstream_id, load_downstream, load_measured, main, run_downstream
+from pid_ssl.data.dense import digit_scenes
+from pid_ssl.experiments.downstream import DownstreamConfig, downstream_config, downstream_id, load_downstream, load_measured, main, run_downstream
 from pid_ssl.evaluate import accuracies, calibrate_batchnorm, evaluate_encoder, extract_features, knn_accuracy
-from pid_ssl.evaluate_labels import finetune, label_draw, light_policy, low_label
-from pid_ssl.evaluate_views import audit_encoder, two_view_readout
+from pid_ssl.evaluate.labels import finetune, label_draw, light_policy, low_label
+from pid_ssl.evaluate.views import audit_encoder, two_view_readout
 from pid_ssl.figures import Gallery
-from pid_ssl.figures_downstream import downstream_table, measures
-from pid_ssl.models import CheckpointError, SmallResNet, build_encoder, save_checkpoint
-from pid_ssl.trainers import pretrain
+from pid_ssl.figures.downstream import downstream_table, measures
+from pid_ssl.records import CheckpointError, save_checkpoint
+from pid_ssl.models import SmallResNet, build_encoder
+from pid_ssl.experiments.pretrain import pretrain
 
 HEADER = dict(loss="barlow", dataset="whole", encoder="small", image_size=16, width=8, seed=3, train_size=0, policy="cifar", epochs=1, beta=0.25)
 

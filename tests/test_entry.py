@@ -16,8 +16,8 @@ from conftest import ROOT
 from PIL import Image
 
 from pid_ssl.config import Config
-from pid_ssl.runs import load_records
-from pid_ssl.trainers import main, pretrain
+from pid_ssl.records import load_records
+from pid_ssl.experiments.pretrain import main, pretrain
 
 
 def run(*args):

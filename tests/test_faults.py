@@ -17,8 +17,8 @@ from conftest import ROOT
 from fault_harness import ARGS, Run, killed, undisturbed
 from PIL import Image
 
-from pid_ssl.models import load_checkpoint
-from pid_ssl.runs import RecordError, load_record
+from pid_ssl.records import load_checkpoint
+from pid_ssl.records import RecordError, load_record
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +268,7 @@ def test_interrupt_of_a_notebook_kernel(tmp_path):
         return client.execute_interactive(code, output_hook=output, timeout=300)["content"], "".join(text)
 
     try:
-        setup = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pid_ssl.config import Config\nfrom pid_ssl.trainers import pretrain\nhome = {str(tmp_path / 'home')!r}"
+        setup = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pid_ssl.config import Config\nfrom pid_ssl.experiments.pretrain import pretrain\nhome = {str(tmp_path / 'home')!r}"
         assert execute(setup)[0]["status"] == "ok"
         reply, text = execute(cell, interrupt_at="epoch 3/60")
         assert reply["ename"] == "RunInterrupted" and "stopped by SIGINT" in reply["evalue"] and "the same call goes on there" in reply["evalue"]

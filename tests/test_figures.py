@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from pid_ssl.figures import drift
-from pid_ssl.runs import load_record
+from pid_ssl.records import load_record
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")[:-1]
 PINNED = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "tests/constraints.txt").read_text(), re.M))

@@ -14,7 +14,7 @@ from pid_ssl import losses_pid
 from pid_ssl.config import ConfigError
 from pid_ssl.losses import (BYOL, LOSSES, NTXent, PIDBarlowTwins, PIDLoss, PIDWMSE, RunningMean, VICReg, WMSE, BarlowTwins,
                             cross_correlation, standardise)
-from pid_ssl.losses_pid import explained
+from pid_ssl.losses.target import explained
 from pid_ssl.pid import pid_gaussian, scalar_atoms, scalar_information
 
 torch.manual_seed(0)

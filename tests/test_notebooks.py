@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT
 
 from pid_ssl.config import Config
-from pid_ssl.controlled_benchmark import ControlledConfig
-from pid_ssl.downstream import DownstreamConfig
+from pid_ssl.experiments.controlled import ControlledConfig
+from pid_ssl.experiments.downstream import DownstreamConfig
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(p.stem for p in (ROOT / "pid_ssl").glob("[a-z]*.py"))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pid_ssl.pid import gaussian_information, gaussian_mi, gaussian_mi_bias, pid_gaussian, sample_covariance, scalar_information
-from pid_ssl.pid_gaussian import union_coupling, union_objective, whitened_channels
+from pid_ssl.pid.gaussian import union_coupling, union_objective, whitened_channels
 
 CHECKS = settings(max_examples=60, deadline=None, derandomize=True)
 dims3 = st.tuples(*[st.integers(1, 4)] * 3)

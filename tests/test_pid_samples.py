@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pid_ssl.pid import fit_infonce, gaussian_mi_bias, pid_samples, scalar_information
-from pid_ssl.pid_quantised import count_table, pid_codes, quantise
-from pid_ssl.pid_samples import NAMES, confidence_interval
+from pid_ssl.pid.quantised import count_table, pid_codes, quantise
+from pid_ssl.pid.samples import NAMES, confidence_interval
 
 
 def generator(seed=0):

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from pid_ssl import figures
 from pid_ssl.config import LOSS_NAMES, from_dict
-from pid_ssl.runs import load_record, load_records, run_id
+from pid_ssl.records import load_record, load_records, run_id
 
 # committed ones only: a reader's own runs in the same folder are nobody's claim
 TRACKED = subprocess.run(["git", "ls-files", "data/runs"], cwd=ROOT, capture_output=True, text=True).stdout.split()

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 pytest.importorskip("latex2mathml", reason="extra report")
-from pid_ssl.report import build_report, main  # noqa: E402
+from pid_ssl.paper.report import build_report, main  # noqa: E402
 
 MODULES = sorted(p.stem for p in (ROOT / "pid_ssl").glob("[a-z]*.py"))
 

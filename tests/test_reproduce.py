@@ -14,11 +14,11 @@ from fault_harness import ARGS
 from PIL import Image
 
 from pid_ssl.config import Config, ConfigError
-from pid_ssl.controlled_benchmark import ControlledConfig, controlled_config, controlled_id, run_controlled
-from pid_ssl.downstream import DownstreamConfig, downstream_config, resolve_downstream, run_downstream
-from pid_ssl.reproduce import _measurement, _same, behind, circumstances, comparison, reproduce
-from pid_ssl.runs import RunRecord, load_record
-from pid_ssl.trainers import pretrain
+from pid_ssl.experiments.controlled import ControlledConfig, controlled_config, controlled_id, run_controlled
+from pid_ssl.experiments.downstream import DownstreamConfig, downstream_config, resolve_downstream, run_downstream
+from pid_ssl.paper.reproduce import _measurement, _same, behind, circumstances, comparison, reproduce
+from pid_ssl.records import RunRecord, load_record
+from pid_ssl.experiments.pretrain import pretrain
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def publish(project, **figures):
 
 
 def command(project, *args, **kw):
-    return subprocess.Popen([sys.executable, "-m", "pid_ssl.reproduce", *map(str, args)], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+    return subprocess.Popen([sys.executable, "-m", "pid_ssl.paper.reproduce", *map(str, args)], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 
 def test_a_figure_again_and_what_was_changed_by_hand(project, tmp_path):

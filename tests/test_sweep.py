@@ -15,9 +15,9 @@ from fault_harness import ARGS
 
 from pid_ssl.config import Config, ConfigError, resolve
 from pid_ssl.data import load_dataset
-from pid_ssl.runs import load_record, load_records, lock_run, run_id
-from pid_ssl.runs_sweep import Job, expand, read_sweep, submit_sweep
-from pid_ssl.trainers import pretrain
+from pid_ssl.records import load_record, load_records, lock_run, run_id
+from pid_ssl.experiments.sweep import Job, expand, read_sweep, submit_sweep
+from pid_ssl.experiments.pretrain import pretrain
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def write(path, sweep):
 
 
 def begin(file, *args):
-    return subprocess.Popen([sys.executable, "-m", "pid_ssl.runs_sweep", str(file), *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    return subprocess.Popen([sys.executable, "-m", "pid_ssl.experiments.sweep", str(file), *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**{k: v for k, v in os.environ.items() if k != "IN_TEST"}, "PYTHONPATH": str(ROOT)})
 
 

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from pid_ssl import views
 from pid_ssl.data import load_dataset
-from pid_ssl.views import POLICIES, Policy, ViewMaker, affine_parameters, draw_colour, gaussian_blur, jitter_colour, resample
+from pid_ssl.data.views import POLICIES, Policy, ViewMaker, affine_parameters, draw_colour, gaussian_blur, jitter_colour, resample
 
 SIDE = 32
 CROP = Policy(crop=(0.08, 1.0), flip=0.5, boxes="pixels")
