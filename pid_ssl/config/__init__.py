@@ -19,7 +19,8 @@ def project_root(start: str | Path | None = None, # folder to start from; defaul
     here = Path(start or Path.cwd()).resolve()
     for folder in (here, *here.parents):
         ini = folder/'settings.ini'
-        if ini.is_file() and re.search(r'^lib_name\s*=\s*pid_ssl\s*$', ini.read_text(errors='replace'), re.M): return folder
+        if ini.is_file() and re.search(r'^lib_name\s*=\s*pid_ssl\s*$', ini.read_text(errors='replace'), re.M):
+            return folder
     return Path(os.environ.get('PID_SSL_HOME') or Path.cwd()).resolve()
 
 # %% ../../nbs/config/00_config.ipynb #e44a194b
@@ -34,13 +35,15 @@ def digest(value: object,     # anything JSON can hold
 def source_hash() -> str: # digest over the text of every module of the installed package
     "Hash of the package's own source: a record made by other code can be told apart."
     here = Path(__file__).parent if '__file__' in globals() else project_root()/'pid_ssl'
-    return digest({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(here.glob('*.py'))})
+    return digest({p.relative_to(here).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(here.rglob('*.py'))})
 
 # %% ../../nbs/config/00_config.ipynb #127e43d9
 def _show(value):
     # Python refuses to write integers of more than 4,300 digits, and nobody reads a page of them
-    try: text = repr(value)
-    except ValueError: return f'{type(value).__name__} too long to show'
+    try:
+        text = repr(value)
+    except ValueError:
+        return f'{type(value).__name__} too long to show'
     return text if len(text) <= 500 else f'{text[:500]}... ({len(text):,} characters)'
 
 class ConfigError(ValueError):
@@ -53,7 +56,8 @@ class ConfigError(ValueError):
         super().__init__(f"{name}: got {_show(value)}; accepted: {accepted}")
         self.name, self.value, self.accepted = name, value, accepted
 
-    def __reduce__(self): return type(self), (self.name, self.value, self.accepted)
+    def __reduce__(self):
+        return type(self), (self.name, self.value, self.accepted)
 
 # %% ../../nbs/config/00_config.ipynb #b41828ef
 LOSS_NAMES = ('barlow', 'wmse', 'vicreg', 'simclr', 'byol', 'pid', 'pid_barlow', 'pid_wmse')
@@ -129,7 +133,8 @@ class Config:
     force: bool = _f(False, 'run again although a finished record exists', changes_result=False)
 
     def __post_init__(self):
-        for f in dataclasses.fields(self): object.__setattr__(self, f.name, _check(f, getattr(self, f.name)))
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _check(f, getattr(self, f.name)))
 
 # %% ../../nbs/config/00_config.ipynb #3207e669
 def _kind(f):
@@ -139,29 +144,43 @@ def accepted(f: dataclasses.Field, # a field of `Config`
             ) -> str:              # in words
     "What a field accepts, as its error message says it."
     m, kind = f.metadata, _kind(f)
-    if m['choices']: return ', '.join(m['choices'])
-    if kind is bool: return 'True or False'
-    if kind is str: return 'a name of letters, digits, . _ - (no path)' if m['pattern'] else 'text'
+    if m['choices']:
+        return ', '.join(m['choices'])
+    if kind is bool:
+        return 'True or False'
+    if kind is str:
+        return 'a name of letters, digits, . _ - (no path)' if m['pattern'] else 'text'
     words = 'an integer' if kind is int else 'a number'
-    if m['lo'] is not None: words += f" from {m['lo']:,}"
-    if m['hi'] is not None: words += f" to {m['hi']:,}"
+    if m['lo'] is not None:
+        words += f" from {m['lo']:,}"
+    if m['hi'] is not None:
+        words += f" to {m['hi']:,}"
     return words + (', or None for the preset\'s value' if f.default is None else '')
 
 def _check(f, value):
     m, kind = f.metadata, _kind(f)
     bad = ConfigError(f.name, value, accepted(f))
     if value is None:
-        if f.default is None: return None
+        if f.default is None:
+            return None
         raise bad
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        try: value = float(value)
-        except OverflowError: raise bad from None
-    if type(value) is not kind: raise bad
-    if kind is float and not math.isfinite(value): raise bad
-    if m['choices'] and value not in m['choices']: raise bad
-    if m['pattern'] and not re.fullmatch(m['pattern'], value): raise bad
-    if m['lo'] is not None and value < m['lo'] or m['hi'] is not None and value > m['hi']: raise bad
-    if kind is str and '\0' in value: raise bad
+        try:
+            value = float(value)
+        except OverflowError:
+            raise bad from None
+    if type(value) is not kind:
+        raise bad
+    if kind is float and not math.isfinite(value):
+        raise bad
+    if m['choices'] and value not in m['choices']:
+        raise bad
+    if m['pattern'] and not re.fullmatch(m['pattern'], value):
+        raise bad
+    if m['lo'] is not None and value < m['lo'] or m['hi'] is not None and value > m['hi']:
+        raise bad
+    if kind is str and '\0' in value:
+        raise bad
     return value
 
 # %% ../../nbs/config/00_config.ipynb #48150078
@@ -169,7 +188,8 @@ def from_dict(given: dict,          # field names and values
               kind: type = Config,  # or another dataclass of such fields
              ) -> object:           # of that kind, validated
     "A config from names and values; raises `ConfigError` on an unknown name or a value out of range."
-    if not isinstance(given, dict): raise ConfigError('config', given, 'a mapping of field names to values')
+    if not isinstance(given, dict):
+        raise ConfigError('config', given, 'a mapping of field names to values')
     names = [f.name for f in dataclasses.fields(kind)]
     for name in given:
         if name not in names:
@@ -188,16 +208,20 @@ def read_args(argv: list | None = None, # default the process's arguments
     for f in dataclasses.fields(kind):
         who = f" ({', '.join(f.metadata['losses'])})" if f.metadata['losses'] else ''
         text = f"{f.metadata['help']}; {accepted(f)}{who}".replace('%', '%%')
-        if _kind(f) is bool: parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, default=None, help=text)
-        else: parser.add_argument(f'--{f.name}', metavar=f.name.upper(), help=text)
+        if _kind(f) is bool:
+            parser.add_argument(f'--{f.name}', action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(f'--{f.name}', metavar=f.name.upper(), help=text)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     text = {f.name for f in dataclasses.fields(kind) if _kind(f) is str}
     return from_dict({k: v if k in text else _number(v) for k, v in given.items()}, kind)
 
 def _number(text):
     for kind in (int, float):
-        try: return kind(text) if isinstance(text, str) else text
-        except ValueError: pass
+        try:
+            return kind(text) if isinstance(text, str) else text
+        except ValueError:
+            pass
     return text
 
 # %% ../../nbs/config/00_config.ipynb #7ba4c8a7
@@ -222,10 +246,12 @@ def resolve(config: Config,            # validated, fields may be None
            ) -> Config:                # no field that changes the result is None
     "Fill in every field left to the preset and check the fields against each other; raises `ConfigError`."
     preset = config.preset
-    if preset == 'auto': preset = 'digits' if config.dataset == 'digits' else 'gpu' if device_class == 'cuda' else 'cpu'
+    if preset == 'auto':
+        preset = 'digits' if config.dataset == 'digits' else 'gpu' if device_class == 'cuda' else 'cpu'
     values = {**PRESETS[preset], **LOSS_PRESETS.get((preset, config.loss), {})}
     filled = {k: v for k, v in values.items() if getattr(config, k) is None}
-    if config.policy == 'auto': filled['policy'] = POLICIES_BY_DATASET.get(config.dataset, 'cifar')
+    if config.policy == 'auto':
+        filled['policy'] = POLICIES_BY_DATASET.get(config.dataset, 'cifar')
     out = dataclasses.replace(config, preset=preset, **filled)
     if out.train_size and out.batch_size > out.train_size:
         raise ConfigError('batch_size', out.batch_size, f'at most train_size = {out.train_size}')

@@ -71,7 +71,8 @@ def split_indices(labels: np.ndarray,    # (n,) class of each image
     "Stratified split with the fixed seed; raises `DataError` when there are too few images, or too few of a class."
     n, (found, counts) = len(labels), np.unique(labels, return_counts=True)
     cannot, k = f'{what}: cannot split {n} images of {len(found)} classes', len(found)
-    if counts.min() < 2: raise DataError(f"{cannot}: class {names[found[counts.argmin()]] if names else found[counts.argmin()]} has 1 image; accepted: at least 2 images of each class")
+    if counts.min() < 2:
+        raise DataError(f"{cannot}: class {names[found[counts.argmin()]] if names else found[counts.argmin()]} has 1 image; accepted: at least 2 images of each class")
     parts = (n - math.ceil(share*n), math.ceil(share*n)) if share < 1 else (n - share, share)
     if min(parts) < k:
         enough = lambda m: min(math.ceil(share*m), m - math.ceil(share*m)) >= k
@@ -94,9 +95,11 @@ def _rows(source, name, train_size):
     if train_size:
         y, most = train_labels[train], len(train) + more
         classes, counts = np.unique(y, return_counts=True)
-        if not len(classes) <= train_size <= most: raise ConfigError('train_size', train_size, f'from {len(classes)} to {most}, from an image a class to what {name} leaves after validation; 0 for all')
+        if not len(classes) <= train_size <= most:
+            raise ConfigError('train_size', train_size, f'from {len(classes)} to {most}, from an image a class to what {name} leaves after validation; 0 for all')
         more, less = max(0, train_size - len(train)), len(train) - train_size
-        if less >= len(classes): train = train[split_indices(y, train_size, f'train_size {train_size}', source.names)[1]]
+        if less >= len(classes):
+            train = train[split_indices(y, train_size, f'train_size {train_size}', source.names)[1]]
         elif less > 0:  # too few to take one from every class: one from each of the largest
             order, largest = np.random.default_rng(SPLIT_SEED).permutation(len(y)), classes[np.argsort(-counts, kind='stable')[:less]]
             train = np.delete(train, [order[(y[order] == c).argmax()] for c in largest])
@@ -106,7 +109,9 @@ def _rows(source, name, train_size):
 
 def _in_memory(chunks, shape):
     out, at = np.empty(shape, np.uint8), 0
-    for chunk in chunks: out[at:at + len(chunk)] = chunk; at += len(chunk)
+    for chunk in chunks:
+        out[at:at + len(chunk)] = chunk
+        at += len(chunk)
     return torch.from_numpy(out)
 
 def load_dataset(name: str,                    # in `DATASETS`, or of a Parquet or image folder
@@ -123,15 +128,19 @@ def load_dataset(name: str,                    # in `DATASETS`, or of a Parquet 
     rows, unlabelled = _rows(source, name, train_size)
     labels = {s: torch.from_numpy(source.labels[at][r]) for s, (at, r) in rows.items()}
     parts = {s: [r] for s, r in rows.items()}
-    if len(unlabelled): parts = {'pretrain': [rows['train'], ('unlabelled', unlabelled)], 'val': [rows['val']], 'test': [rows['test']]}
+    if len(unlabelled):
+        parts = {'pretrain': [rows['train'], ('unlabelled', unlabelled)], 'val': [rows['val']], 'test': [rows['test']]}
     side, content = image_size or source.side(), source.content_hash
     shapes = {s: (sum(len(r) for _, r in p), source.channels, side, side) for s, p in parts.items()}
     keep = sum(math.prod(v) for v in shapes.values()) <= image_limit(data_memory)
     images = {}
     for s, shape in shapes.items():
         chunks = lambda: itertools.chain(*(source.chunks(at, r, side) for at, r in parts[s]))
-        if keep: images[s] = _in_memory(chunks(), shape); continue
+        if keep:
+            images[s] = _in_memory(chunks(), shape)
+            continue
         about = dict(content_hash=content, split=s, rows=hashlib.sha256(b''.join(r.tobytes() for _, r in parts[s])).hexdigest())
         images[s] = mapped_images(Path(cache_dir or project_root()/'data'/'cache')/f'{content[:16]}-{s}-{side}px-{shape[0]}', about, shape, chunks)
-    if len(unlabelled): images['train'] = images['pretrain'][:len(rows['train'][1])]
+    if len(unlabelled):
+        images['train'] = images['pretrain'][:len(rows['train'][1])]
     return Dataset(name, source.note, images, labels, int(max(v.max() for v in labels.values())) + 1, content)

@@ -43,12 +43,14 @@ def build_copy(name: str,                        # in `COPIES`
                folder: str | Path | None = None, # that gets train.parquet and test.parquet; default data/datasets/<name>
               ) -> dict:                         # split -> whether the file is, byte for byte, the one of the records
     "Make a dataset's Parquet files; raises `ConfigError` for another name, `DataError` for a checkout that lacks images."
-    if name not in COPIES: raise ConfigError('name', name, ', '.join(COPIES))
+    if name not in COPIES:
+        raise ConfigError('name', name, ', '.join(COPIES))
     import pyarrow as pa, pyarrow.parquet as pq
     copy, checkout, folder = COPIES[name], Path(checkout), Path(folder or project_root()/'data'/'datasets'/name)
     found = _labels(checkout)
     for split, n in copy.images.items():
-        if len(found[split]) != n: raise DataError(f"{checkout}: {len(found[split])} images for {split}; accepted: a checkout of {copy.repository} at {copy.commit}, which has {n}")
+        if len(found[split]) != n:
+            raise DataError(f"{checkout}: {len(found[split])} images for {split}; accepted: a checkout of {copy.repository} at {copy.commit}, which has {n}")
     classes, same = sorted(set(found['train'].values())), {}
     features = {'info': {'features': {'img': {'_type': 'Image'}, 'label': {'names': classes, '_type': 'ClassLabel'}}}}
     schema = pa.schema([('img', pa.struct([('bytes', pa.binary()), ('path', pa.string())])), ('label', pa.int64())], {'huggingface': json.dumps(features)})
@@ -56,8 +58,10 @@ def build_copy(name: str,                        # in `COPIES`
     for split, labels in found.items():
         paths = sorted(labels)
         random.Random(0).shuffle(paths)
-        try: images = [{'bytes': (checkout/p).read_bytes(), 'path': p} for p in paths]
-        except OSError as e: raise DataError(f"{checkout}: {e.filename} cannot be read ({e.strerror}); accepted: a whole checkout of {copy.repository}") from None
+        try:
+            images = [{'bytes': (checkout/p).read_bytes(), 'path': p} for p in paths]
+        except OSError as e:
+            raise DataError(f"{checkout}: {e.filename} cannot be read ({e.strerror}); accepted: a whole checkout of {copy.repository}") from None
         table = pa.table({'img': images, 'label': [classes.index(labels[p]) for p in paths]}, schema)
         # written beside and moved, so that a half-written file never has the name
         file, made = folder/f'{split}.parquet', folder/f'{split}.parquet.part'
@@ -72,9 +76,15 @@ def main(argv: list | None = None, # default the process's arguments
         ) -> int:                  # exit status: 0; 1 other bytes than those of the records; 2 bad input
     "`python -m pid_ssl.data.copies NAME CHECKOUT [FOLDER]`"
     argv = sys.argv[1:] if argv is None else argv
-    if len(argv) not in (2, 3): print(f"usage: python -m pid_ssl.data.copies NAME CHECKOUT [FOLDER]; NAME: {', '.join(COPIES)}", file=sys.stderr); return 2
-    try: return int(not all(build_copy(*argv).values()))
-    except (ConfigError, DataError) as e: print(f'error: {e}', file=sys.stderr); return 2
+    if len(argv) not in (2, 3):
+        print(f"usage: python -m pid_ssl.data.copies NAME CHECKOUT [FOLDER]; NAME: {', '.join(COPIES)}", file=sys.stderr)
+        return 2
+    try:
+        return int(not all(build_copy(*argv).values()))
+    except (ConfigError, DataError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2
 
 # %% ../../nbs/data/38_copies.ipynb #d2a95ee9
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())  # not in a notebook

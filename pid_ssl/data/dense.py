@@ -47,7 +47,8 @@ class DetectionData(Dataset):
 # %% ../../nbs/data/36_dense.ipynb #c15e3f01
 def _folder(name, data_dir):
     folder = next((f/name for f in data_folders(data_dir) if (f/name).is_dir()), None)
-    if folder is None: raise DataError(f"dataset: got {name!r}, with no folder of that name; accepted: a folder {name}/ holding train.parquet, val.parquet and test.parquet under {' or '.join(map(str, data_folders(data_dir)))} (set data_dir or $PID_SSL_DATA)")
+    if folder is None:
+        raise DataError(f"dataset: got {name!r}, with no folder of that name; accepted: a folder {name}/ holding train.parquet, val.parquet and test.parquet under {' or '.join(map(str, data_folders(data_dir)))} (set data_dir or $PID_SSL_DATA)")
     return folder
 
 def _rows(folder, columns, names):
@@ -55,21 +56,31 @@ def _rows(folder, columns, names):
     out, hashes = {}, ''
     for split in ('train', 'val', 'test'):
         path = folder/f'{split}.parquet'
-        if not path.is_file(): raise DataError(f"{path}: no such file; accepted: a folder {folder.name}/ holding train.parquet, val.parquet and test.parquet")
-        try: rows = pyarrow.parquet.read_table(path, columns=list(columns)).to_pylist()
-        except (pyarrow.ArrowException, OSError) as e: raise DataError(f"{path}: not a readable Parquet file ({str(e).splitlines()[0]}); accepted: a whole Parquet file with the columns {', '.join(columns)}") from None
-        if not rows: raise DataError(f"{path}: no rows; accepted: at least one image")
-        if missing := [c for c in columns if c not in rows[0]]: raise DataError(f"{path}: no column {missing[0]!r}; accepted: {', '.join(columns)}")
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; accepted: a folder {folder.name}/ holding train.parquet, val.parquet and test.parquet")
+        try:
+            rows = pyarrow.parquet.read_table(path, columns=list(columns)).to_pylist()
+        except (pyarrow.ArrowException, OSError) as e:
+            raise DataError(f"{path}: not a readable Parquet file ({str(e).splitlines()[0]}); accepted: a whole Parquet file with the columns {', '.join(columns)}") from None
+        if not rows:
+            raise DataError(f"{path}: no rows; accepted: at least one image")
+        if missing := [c for c in columns if c not in rows[0]]:
+            raise DataError(f"{path}: no column {missing[0]!r}; accepted: {', '.join(columns)}")
         out[split], hashes = (path, rows), hashes + hashlib.sha256(path.read_bytes()).hexdigest()
     # of a set that is not known by its name, the class names are content too
     return out, hashlib.sha256((hashes if folder.name in DENSE else '\n'.join([hashes, *names])).encode()).hexdigest()
 
 def _image(where, cell, mode):
     from PIL import Image
-    try: im = (_rgb if mode == 'RGB' else Image.open)(io.BytesIO(cell['bytes'])); im.load()
-    except Exception as e: raise DataError(f"{where} is not a readable image ({e}); accepted: struct<bytes, path> with the bytes of a PNG{' or JPEG' if mode == 'RGB' else ''} with 8 bits a channel") from None
-    if mode == 'L' and im.format in ('JPEG', 'WEBP', 'MPO'): raise DataError(f"{where} is a {im.format}, which may change the classes of its pixels; accepted: PNG, or another format without loss")
-    if mode == 'L' and im.mode not in ('L', 'P'): raise DataError(f"{where} has the pixel format {im.mode}; accepted: 8 bits a pixel, the value being the class")
+    try:
+        im = (_rgb if mode == 'RGB' else Image.open)(io.BytesIO(cell['bytes']))
+        im.load()
+    except Exception as e:
+        raise DataError(f"{where} is not a readable image ({e}); accepted: struct<bytes, path> with the bytes of a PNG{' or JPEG' if mode == 'RGB' else ''} with 8 bits a channel") from None
+    if mode == 'L' and im.format in ('JPEG', 'WEBP', 'MPO'):
+        raise DataError(f"{where} is a {im.format}, which may change the classes of its pixels; accepted: PNG, or another format without loss")
+    if mode == 'L' and im.mode not in ('L', 'P'):
+        raise DataError(f"{where} has the pixel format {im.mode}; accepted: 8 bits a pixel, the value being the class")
     return im
 
 def _sequence(cell, row):
@@ -80,15 +91,19 @@ def _names(folder, classes, which):
     found, path = tuple(classes or DENSE.get(folder.name, ('', (), ()))[which]), folder/'classes.txt'
     if not found:
         wanted = f"the names of the classes in the order of their numbers, one a line, each once, at most 254 (or `classes` in Python); known without: {', '.join(n for n, v in DENSE.items() if v[which])}"
-        try: found = tuple(line.strip() for line in path.read_text('utf-8-sig').strip().splitlines())
-        except (OSError, UnicodeDecodeError) as e: raise DataError(f"{path}: {'no such file' if isinstance(e, FileNotFoundError) else f'cannot be read ({e})'}; accepted: {wanted}") from None
-        if not all(found) or len(set(found)) < len(found) or not 0 < len(found) < 255: raise DataError(f"{path}: {len(found)} lines, {len(set(found) - {''})} different names; accepted: {wanted}")
+        try:
+            found = tuple(line.strip() for line in path.read_text('utf-8-sig').strip().splitlines())
+        except (OSError, UnicodeDecodeError) as e:
+            raise DataError(f"{path}: {'no such file' if isinstance(e, FileNotFoundError) else f'cannot be read ({e})'}; accepted: {wanted}") from None
+        if not all(found) or len(set(found)) < len(found) or not 0 < len(found) < 255:
+            raise DataError(f"{path}: {len(found)} lines, {len(set(found) - {''})} different names; accepted: {wanted}")
     return found, DENSE.get(folder.name, (folder.name,))[0]
 
 def _unseen(found, names, path):
     # a class that no training image shows can be neither learned nor measured as if it had been
     for split in ('val', 'test'):
-        if stray := sorted(found[split] - found['train']): raise DataError(f"{path.with_name(f'{split}.parquet')}: class {stray[0]} ({names[stray[0]]}) does not occur in train.parquet; accepted: classes of the training images")
+        if stray := sorted(found[split] - found['train']):
+            raise DataError(f"{path.with_name(f'{split}.parquet')}: class {stray[0]} ({names[stray[0]]}) does not occur in train.parquet; accepted: classes of the training images")
 
 def load_segmentation(name: str = 'camvid-240',     # of the folder
                       data_dir: str | None = None,  # where the folder is; see `data_folders`
@@ -103,18 +118,22 @@ def load_segmentation(name: str = 'camvid-240',     # of the folder
         for i, row in enumerate(rows):
             im, mask = _image(f"{path}: img of row {i}", row['img'], 'RGB'), np.asarray(_image(f"{path}: mask of row {i}", row['mask'], 'L'))
             size = size or im.size
-            if im.size != size: raise DataError(f"{path}: img of row {i} is {im.width}x{im.height}; accepted: {size[0]}x{size[1]}, as the first")
-            if mask.shape != size[::-1]: raise DataError(f"{path}: mask of row {i} is {mask.shape[1]}x{mask.shape[0]}; accepted: {size[0]}x{size[1]}, the size of its image")
+            if im.size != size:
+                raise DataError(f"{path}: img of row {i} is {im.width}x{im.height}; accepted: {size[0]}x{size[1]}, as the first")
+            if mask.shape != size[::-1]:
+                raise DataError(f"{path}: mask of row {i} is {mask.shape[1]}x{mask.shape[0]}; accepted: {size[0]}x{size[1]}, the size of its image")
             if not i:
                 images[split] = np.empty((len(rows), 3, *mask.shape), np.uint8)
                 masks[split] = np.empty((len(rows), *mask.shape), np.uint8)
             images[split][i], masks[split][i] = np.asarray(im).transpose(2, 0, 1), mask
         m = masks[split]
         m[m == 255] = len(names)
-        for i in np.unique(np.nonzero(m > len(names))[0])[:1]: raise DataError(f"{path}: mask of row {i} has the value {m[i].max()}; accepted: 0 to {len(names) - 1}, and {len(names)} or 255 for unlabelled")
+        for i in np.unique(np.nonzero(m > len(names))[0])[:1]:
+            raise DataError(f"{path}: mask of row {i} has the value {m[i].max()}; accepted: 0 to {len(names) - 1}, and {len(names)} or 255 for unlabelled")
         found[split] = set(np.unique(m).tolist()) - {len(names)}
         sequences[split] = [_sequence(row['img'], i) for i, row in enumerate(rows)]
-        if not found[split]: raise DataError(f"{path}: no labelled pixel; accepted: masks with values 0 to {len(names) - 1}")
+        if not found[split]:
+            raise DataError(f"{path}: no labelled pixel; accepted: masks with values 0 to {len(names) - 1}")
     _unseen(found, names, path)
     of = lambda d: {s: torch.from_numpy(v) for s, v in d.items()}
     return SegmentationData(name, note, of(images), of(masks), len(names), digest, names, sequences)
@@ -127,7 +146,8 @@ def load_detection(name: str = 'bccd',           # of the folder
                   ) -> DetectionData:            # train, val and test; boxes in pixels of the fitted images
     "Read a detection set; raises `DataError` naming file, row and what is wrong. Images without boxes stay."
     from PIL import Image
-    if len(image_size) != 2 or min(image_size) < 16: raise ConfigError('image_size', image_size, 'height and width from 16 pixels')
+    if len(image_size) != 2 or min(image_size) < 16:
+        raise ConfigError('image_size', image_size, 'height and width from 16 pixels')
     folder = _folder(name, data_dir)
     names, note = _names(folder, classes, 2)
     tables, digest = _rows(folder, ('img', 'boxes', 'labels', 'width', 'height'), names)
@@ -143,22 +163,30 @@ def load_detection(name: str = 'bccd',           # of the folder
             small = torch.from_numpy(np.asarray(im.resize((w, h), Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
             images[split][i] = small.float().mean((1, 2)).round()[:, None, None]
             images[split][i, :, :h, :w] = small
-            boxes[split].append(torch.from_numpy(b)); labels[split].append(torch.from_numpy(y))
-        if not sum(map(len, boxes[split])): raise DataError(f"{path}: no boxes in {len(rows)} images; accepted: at least one box in a split")
+            boxes[split].append(torch.from_numpy(b))
+            labels[split].append(torch.from_numpy(y))
+        if not sum(map(len, boxes[split])):
+            raise DataError(f"{path}: no boxes in {len(rows)} images; accepted: at least one box in a split")
     _unseen({s: {int(v) for y in labels[s] for v in y} for s in labels}, names, path)
     return DetectionData(name, note, images, labels, len(names), digest, names, boxes)
 
 def _boxes(where, row, size, classes):
     try:
-        if any(len(box) != 4 for box in row['boxes']): raise ValueError
+        if any(len(box) != 4 for box in row['boxes']):
+            raise ValueError
         b, y = np.array(row['boxes'], np.float32).reshape(-1, 4), np.array(row['labels'], np.float64)
-    except (ValueError, TypeError): raise DataError(f"{where}: boxes or labels cannot be read as numbers; accepted: boxes of four numbers each, one label a box, none missing") from None
-    if [row['width'], row['height']] != list(size): raise DataError(f"{where}: width and height are {row['width']}x{row['height']}, the image is {size[0]}x{size[1]}; accepted: its own size")
-    if y.shape != (len(b),): raise DataError(f"{where}: {len(b)} boxes and {y.size} labels; accepted: one label a box")
+    except (ValueError, TypeError):
+        raise DataError(f"{where}: boxes or labels cannot be read as numbers; accepted: boxes of four numbers each, one label a box, none missing") from None
+    if [row['width'], row['height']] != list(size):
+        raise DataError(f"{where}: width and height are {row['width']}x{row['height']}, the image is {size[0]}x{size[1]}; accepted: its own size")
+    if y.shape != (len(b),):
+        raise DataError(f"{where}: {len(b)} boxes and {y.size} labels; accepted: one label a box")
     for box, label in zip(b, y):
         x0, y0, x1, y1 = box
-        if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]): raise DataError(f"{where}: box {box.tolist()}; accepted: xmin < xmax and ymin < ymax inside {size[0]}x{size[1]}")
-        if label not in range(classes): raise DataError(f"{where}: label {label:g}; accepted: 0 to {classes - 1}")
+        if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]):
+            raise DataError(f"{where}: box {box.tolist()}; accepted: xmin < xmax and ymin < ymax inside {size[0]}x{size[1]}")
+        if label not in range(classes):
+            raise DataError(f"{where}: label {label:g}; accepted: 0 to {classes - 1}")
     return b, y.astype(np.int64)
 
 # %% ../../nbs/data/36_dense.ipynb #8ac878ce
@@ -199,7 +227,8 @@ def digit_scenes(folder: str | Path,     # gets digit-scenes/{train,val,test}.pa
                 image[top:top + 16, left:left + 16] += ink[..., None]*rng.uniform(80, 200, 3)
                 mask[top:top + 16, left:left + 16] = np.where(ink > 0.5, c + 1, np.where(ink > 0.1, 3, 0))
                 ys, xs = np.nonzero(ink > 0.5)
-                boxes.append([left + xs.min(), top + ys.min(), left + xs.max() + 1, top + ys.max() + 1]); labels.append(c)
+                boxes.append([left + xs.min(), top + ys.min(), left + xs.max() + 1, top + ys.max() + 1])
+                labels.append(c)
             path = f'{split}/{"ABC"[i*3//n]}_{i:03d}.png'
             rows.append({'img': {'bytes': png(image.clip(0, 255).astype(np.uint8)), 'path': path}, 'mask': {'bytes': png(mask), 'path': path},
                          'boxes': np.array(boxes, float).reshape(-1, 4).tolist(), 'labels': labels, 'width': 64, 'height': 48})
@@ -215,10 +244,14 @@ def write_voc(dataset: Iterable,  # torchvision's VOCDetection: items (image, an
     for file, (_, target) in zip(dataset.images, dataset):
         about, boxes, labels = target['annotation'], [], []
         for thing in about.get('object', []):
-            if thing['name'] not in VOC_CLASSES: raise DataError(f"{file}: object {thing['name']!r}; accepted: {', '.join(VOC_CLASSES)}")
-            if thing.get('difficult') == '1': skipped += 1; continue
+            if thing['name'] not in VOC_CLASSES:
+                raise DataError(f"{file}: object {thing['name']!r}; accepted: {', '.join(VOC_CLASSES)}")
+            if thing.get('difficult') == '1':
+                skipped += 1
+                continue
             b = thing['bndbox']
-            boxes.append([float(b['xmin']) - 1, float(b['ymin']) - 1, float(b['xmax']), float(b['ymax'])]); labels.append(VOC_CLASSES.index(thing['name']))
+            boxes.append([float(b['xmin']) - 1, float(b['ymin']) - 1, float(b['xmax']), float(b['ymax'])])
+            labels.append(VOC_CLASSES.index(thing['name']))
         rows.append({'img': {'bytes': Path(file).read_bytes(), 'path': Path(file).name}, 'boxes': boxes, 'labels': labels,
                      'width': int(about['size']['width']), 'height': int(about['size']['height'])})
     write_dense(path, rows)

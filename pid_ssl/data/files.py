@@ -35,13 +35,15 @@ CHUNK = 256  # images decoded at a time: 7 MB at 96 pixels
 def _rgb(file):
     from PIL import Image
     im = Image.open(file)
-    if im.mode[0] in 'IF': raise ValueError(f'pixel format {im.mode}, more than 8 bits a channel')
+    if im.mode[0] in 'IF':
+        raise ValueError(f'pixel format {im.mode}, more than 8 bits a channel')
     return im.convert('RGB')
 
 def _pixels(file, side):
     from PIL import Image, ImageOps
     im = _rgb(file)
-    if im.size != (side, side): im = ImageOps.fit(im, (side, side), Image.Resampling.BICUBIC)
+    if im.size != (side, side):
+        im = ImageOps.fit(im, (side, side), Image.Resampling.BICUBIC)
     return np.asarray(im).transpose(2, 0, 1)
 
 def _width(file):
@@ -52,27 +54,37 @@ def _batched(images):
     batch = []
     for im in images:
         batch.append(im)
-        if len(batch) == CHUNK: yield np.stack(batch); batch = []
-    if batch: yield np.stack(batch)
+        if len(batch) == CHUNK:
+            yield np.stack(batch)
+            batch = []
+    if batch:
+        yield np.stack(batch)
 
 def _file_hash(path):
     h = hashlib.sha256()
     try:
         with open(path, 'rb') as f:
-            while chunk := f.read(1 << 20): h.update(chunk)
-    except OSError as e: raise DataError(f'{path}: cannot be read ({e.strerror or e}); accepted: a file that can be read') from None
+            while chunk := f.read(1 << 20):
+                h.update(chunk)
+    except OSError as e:
+        raise DataError(f'{path}: cannot be read ({e.strerror or e}); accepted: a file that can be read') from None
     return h.hexdigest()
 
 def _check_labels(labels, where):
     # where: split -> its name in messages. A stray label would make as many classes as its value
     train = np.unique(labels['train'])
-    if train[0] < 0 or train[-1] >= len(labels['train']): raise DataError(f"{where['train']}: label {train[0] if train[0] < 0 else train[-1]} among {len(labels['train'])} images; accepted: class numbers from 0, fewer than images")
-    if len(train) == 1: raise DataError(f"{where['train']}: all {len(labels['train'])} images have label {train[0]}; accepted: at least 2 classes")
+    if train[0] < 0 or train[-1] >= len(labels['train']):
+        raise DataError(f"{where['train']}: label {train[0] if train[0] < 0 else train[-1]} among {len(labels['train'])} images; accepted: class numbers from 0, fewer than images")
+    if len(train) == 1:
+        raise DataError(f"{where['train']}: all {len(labels['train'])} images have label {train[0]}; accepted: at least 2 classes")
     if labels['test'] is not None:
         test = np.unique(labels['test'])
-        if (stray := np.setdiff1d(test, train)).size: raise DataError(f"{where['test']}: label {stray[0]} does not occur in {Path(where['train']).name}; accepted: the {len(train)} classes of the training images")
-        if len(test) < len(train): warnings.warn(f"{where['test']}: {len(train) - len(test)} of {len(train)} classes have no image here (such as {np.setdiff1d(train, test)[0]}); accuracy is over the others")
-    if train[-1] + 1 > len(train): warnings.warn(f"{where['train']}: {train[-1] + 1 - len(train)} of {train[-1] + 1} classes have no image (such as {np.setdiff1d(np.arange(train[-1]), train)[0]})")
+        if (stray := np.setdiff1d(test, train)).size:
+            raise DataError(f"{where['test']}: label {stray[0]} does not occur in {Path(where['train']).name}; accepted: the {len(train)} classes of the training images")
+        if len(test) < len(train):
+            warnings.warn(f"{where['test']}: {len(train) - len(test)} of {len(train)} classes have no image here (such as {np.setdiff1d(train, test)[0]}); accuracy is over the others")
+    if train[-1] + 1 > len(train):
+        warnings.warn(f"{where['train']}: {train[-1] + 1 - len(train)} of {train[-1] + 1} classes have no image (such as {np.setdiff1d(np.arange(train[-1]), train)[0]})")
 
 # %% ../../nbs/data/32_files.ipynb #0f5cd009
 # hash of the training images of a known lossy copy -> its entry in NOTES
@@ -83,11 +95,13 @@ _HELD_OUT = ('test', 'validation', 'valid', 'val')
 def _shards(folder, split):
     "The files of a split: one, or all of its shards; none when there is no such split."
     for at in (folder, folder/'data'):
-        if (at/f'{split}.parquet').is_file(): return [at/f'{split}.parquet']
+        if (at/f'{split}.parquet').is_file():
+            return [at/f'{split}.parquet']
     for at in (folder, folder/'data'):
         found = [(p, re.fullmatch(rf'{split}-(\d{{5}})-of-(\d{{5}})(-\w+)?\.parquet', p.name)) for p in sorted(at.glob(f'{split}-*.parquet'))]
         found = [(p, int(m[1]), int(m[2])) for p, m in found if m]
-        if not found: continue
+        if not found:
+            continue
         if [i for _, i, _ in found] != list(range(found[0][2])):
             raise DataError(f"{at}: {len(found)} of {found[0][2]} shards of {split} ({', '.join(f'{i:05d}' for _, i, _ in found[:8])}); accepted: each of them once")
         return [p for p, _, _ in found]
@@ -97,16 +111,24 @@ def _open_parquet(path):
     import pyarrow, pyarrow.parquet
     bad = lambda e: DataError(f"{path}: not a readable Parquet image file ({(str(e) or type(e).__name__).splitlines()[0]}); accepted: a whole Parquet file with the columns img or image (struct of bytes and path) and label")
     try:
-        with pyarrow.parquet.ParquetFile(path) as file: names, schema = file.schema_arrow.names, file.schema_arrow
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names, schema = file.schema_arrow.names, file.schema_arrow
         image, label = (next((n for n in some if n in names), None) for some in (('img', 'image'), ('label', 'fine_label')))
-        if image is None or label is None: raise DataError(f"{path}: column {'img' if image is None else 'label'} is missing among {', '.join(names) or 'none'}; accepted: img or image struct<bytes, path>, label integer")
+        if image is None or label is None:
+            raise DataError(f"{path}: column {'img' if image is None else 'label'} is missing among {', '.join(names) or 'none'}; accepted: img or image struct<bytes, path>, label integer")
         kind = schema.field(image).type
-        if not pyarrow.types.is_struct(kind) or kind.get_field_index('bytes') < 0: raise DataError(f"{path}: column {image} has no bytes ({kind}); accepted: {image} struct<bytes, path>, label integer")
-        with pyarrow.parquet.ParquetFile(path) as file: labels = file.read(columns=[label])[label].to_numpy()
-    except (pyarrow.ArrowException, OSError, ValueError, TypeError) as e: raise e if isinstance(e, DataError) else bad(e) from None
-    if not len(labels): raise DataError(f"{path}: no rows; accepted: at least one image")
-    if labels.dtype.kind not in 'iu': raise DataError(f"{path}: label has type {labels.dtype}; accepted: integers from 0, none missing")
-    if labels.min() < 0 or labels.max() >= 2**31: raise DataError(f"{path}: label ranges from {labels.min()} to {labels.max()}; accepted: integers from 0")
+        if not pyarrow.types.is_struct(kind) or kind.get_field_index('bytes') < 0:
+            raise DataError(f"{path}: column {image} has no bytes ({kind}); accepted: {image} struct<bytes, path>, label integer")
+        with pyarrow.parquet.ParquetFile(path) as file:
+            labels = file.read(columns=[label])[label].to_numpy()
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError) as e:
+        raise e if isinstance(e, DataError) else bad(e) from None
+    if not len(labels):
+        raise DataError(f"{path}: no rows; accepted: at least one image")
+    if labels.dtype.kind not in 'iu':
+        raise DataError(f"{path}: label has type {labels.dtype}; accepted: integers from 0, none missing")
+    if labels.min() < 0 or labels.max() >= 2**31:
+        raise DataError(f"{path}: label ranges from {labels.min()} to {labels.max()}; accepted: integers from 0")
     def blobs(rows):
         try:
             with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:  # without a buffer a whole row group would be read at once
@@ -114,13 +136,17 @@ def _open_parquet(path):
                 for g in range(file.num_row_groups):
                     first, at = at, at + file.metadata.row_group(g).num_rows
                     wanted, seen = rows[(rows >= first) & (rows < at)], first
-                    if not len(wanted): continue
+                    if not len(wanted):
+                        continue
                     for batch in file.iter_batches(CHUNK, row_groups=[g], columns=[image], use_threads=False):
                         values = batch.column(0).field('bytes')
-                        for row in wanted[(wanted >= seen) & (wanted < seen + len(values))]: yield row, values[int(row - seen)].as_py()
+                        for row in wanted[(wanted >= seen) & (wanted < seen + len(values))]:
+                            yield row, values[int(row - seen)].as_py()
                         seen += len(values)
-                    if seen < at: raise ValueError(f'row group {g} ends after {seen - first} of {at - first} rows')
-        except (pyarrow.ArrowException, OSError, ValueError, KeyError, AttributeError) as e: raise bad(e) from None
+                    if seen < at:
+                        raise ValueError(f'row group {g} ends after {seen - first} of {at - first} rows')
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError, AttributeError) as e:
+            raise bad(e) from None
     return labels.astype(np.int64), blobs
 
 def parquet_source(name: str,    # of the dataset
@@ -130,7 +156,8 @@ def parquet_source(name: str,    # of the dataset
     train, held = _shards(folder, 'train'), next((s for s in _HELD_OUT if _shards(folder, s)), 'test')
     files = {'train': train or [folder/'train.parquet'], 'test': _shards(folder, held) or [folder/'test.parquet']}
     for paths in files.values():
-        if not paths[0].is_file(): raise DataError(f"{paths[0]}: no such file; accepted: a folder {name}/ holding train.parquet and test.parquet, their shards, or train/<class>/ with images")
+        if not paths[0].is_file():
+            raise DataError(f"{paths[0]}: no such file; accepted: a folder {name}/ holding train.parquet and test.parquet, their shards, or train/<class>/ with images")
     parts = {s: [_open_parquet(p) for p in paths] for s, paths in files.items()}
     labels = {s: np.concatenate([y for y, _ in p]) for s, p in parts.items()}
     _check_labels(labels, {s: str(paths[0]) if len(paths) == 1 else f'{paths[0].parent}/{s if s == "train" else held}-*' for s, paths in files.items()})
@@ -141,8 +168,10 @@ def parquet_source(name: str,    # of the dataset
         start = 0
         for path, (y, blobs) in zip(files[split], parts[split]):
             for row, data in blobs(rows[(rows >= start) & (rows < start + len(y))] - start):
-                try: yield make(io.BytesIO(data), side)
-                except Exception as e: raise DataError(f"{path}: row {row} is not a readable image ({e}); accepted: bytes of a PNG or JPEG with 8 bits a channel") from None
+                try:
+                    yield make(io.BytesIO(data), side)
+                except Exception as e:
+                    raise DataError(f"{path}: row {row} is not a readable image ({e}); accepted: bytes of a PNG or JPEG with 8 bits a channel") from None
             start += len(y)
     return Source(note, labels, hashlib.sha256((hashes['train'] + hashes['test']).encode()).hexdigest(),
                   lambda split, rows, side: _batched(images(split, rows, side, _pixels)), lambda: next(images('train', np.arange(1), 0, lambda file, _: _width(file))))
@@ -151,45 +180,59 @@ def parquet_source(name: str,    # of the dataset
 SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.ppm', '.pgm', '.webp', '.tif', '.tiff', '.gif'}
 
 def _walk(folder):
-    def refuse(e): raise DataError(f'{e.filename}: cannot be read ({e.strerror}); accepted: a folder that can be read')
+    def refuse(e):
+        raise DataError(f'{e.filename}: cannot be read ({e.strerror}); accepted: a folder that can be read')
     return sorted(Path(at)/f for at, _, names in os.walk(folder, onerror=refuse) for f in names)
 
 def _class_files(folder, classes=None, ignore=r'.*_boxes\.txt'):
     # classes, images of each, what was skipped: files that are no image, images outside of the class folders
-    try: found = sorted(p for p in folder.iterdir())
-    except OSError as e: raise DataError(f'{folder}: cannot be read ({e.strerror or e}); accepted: a folder of class folders') from None
+    try:
+        found = sorted(p for p in folder.iterdir())
+    except OSError as e:
+        raise DataError(f'{folder}: cannot be read ({e.strerror or e}); accepted: a folder of class folders') from None
     loose = [p for p in found if not p.is_dir()]
     skipped, stray = ([p for p in loose if (p.suffix.lower() in SUFFIXES) == image] for image in (False, True))
     names = [p.name for p in found if p.is_dir()]
-    if classes is not None and (other := [n for n in names if n not in classes]): raise DataError(f"{folder/other[0]}: no class of the training images; accepted: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}")
+    if classes is not None and (other := [n for n in names if n not in classes]):
+        raise DataError(f"{folder/other[0]}: no class of the training images; accepted: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}")
     images, labels = [], []
     for name in names:
         inside = _walk(folder/name)
         good = [p for p in inside if p.suffix.lower() in SUFFIXES]
         skipped += [p for p in inside if p.suffix.lower() not in SUFFIXES and not re.fullmatch(ignore, p.name)]
-        if not good: raise DataError(f'{folder/name}: a class folder without an image; accepted: images in it, or no such folder')
-        images += good; labels += [(classes or names).index(name)]*len(good)
-    if not images: raise DataError(f'{folder}: no class folders; accepted: <class>/ folders with images')
+        if not good:
+            raise DataError(f'{folder/name}: a class folder without an image; accepted: images in it, or no such folder')
+        images += good
+        labels += [(classes or names).index(name)]*len(good)
+    if not images:
+        raise DataError(f'{folder}: no class folders; accepted: <class>/ folders with images')
     return names, images, np.array(labels, np.int64), (skipped, stray)
 
 def _annotated(folder, classes):
     # Tiny-ImageNet's val: images/<name> and val_annotations.txt
     listing = folder/'val_annotations.txt'
-    try: rows = [line.split('\t')[:2] for line in listing.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e: raise DataError(f'{listing}: cannot be read ({e}); accepted: image name and class, with tabs between') from None
+    try:
+        rows = [line.split('\t')[:2] for line in listing.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f'{listing}: cannot be read ({e}); accepted: image name and class, with tabs between') from None
     for i, row in enumerate(rows):
-        if len(row) < 2 or row[1] not in classes: raise DataError(f"{listing}: line {i + 1} names {row[1:] or 'no class'}; accepted: a class of the training images")
-        if not (folder/'images'/row[0]).is_file(): raise DataError(f"{folder/'images'/row[0]}: no such file, but {listing.name} names it; accepted: every image of the list")
+        if len(row) < 2 or row[1] not in classes:
+            raise DataError(f"{listing}: line {i + 1} names {row[1:] or 'no class'}; accepted: a class of the training images")
+        if not (folder/'images'/row[0]).is_file():
+            raise DataError(f"{folder/'images'/row[0]}: no such file, but {listing.name} names it; accepted: every image of the list")
     return [folder/'images'/n for n, _ in rows], np.array([classes.index(c) for _, c in rows], np.int64)
 
 def _file_source(note, files, labels, root, names=()):
     h = hashlib.sha256()
     for split in files:
-        for path, y in zip(files[split], labels[split]): h.update(f'{split}/{path.relative_to(root).as_posix()}\0{y}\0{_file_hash(path)}\n'.encode())
+        for path, y in zip(files[split], labels[split]):
+            h.update(f'{split}/{path.relative_to(root).as_posix()}\0{y}\0{_file_hash(path)}\n'.encode())
     def images(split, rows, side, make):
         for row in rows:
-            try: yield make(files[split][row], side)
-            except Exception as e: raise DataError(f"{files[split][row]}: not a readable image ({e}); accepted: a whole {', '.join(sorted(s[1:] for s in SUFFIXES))} with 8 bits a channel") from None
+            try:
+                yield make(files[split][row], side)
+            except Exception as e:
+                raise DataError(f"{files[split][row]}: not a readable image ({e}); accepted: a whole {', '.join(sorted(s[1:] for s in SUFFIXES))} with 8 bits a channel") from None
     return Source(note, {'test': None, **labels}, h.hexdigest(), lambda split, rows, side: _batched(images(split, rows, side, _pixels)),
                   lambda: next(images('train', [0], 0, lambda path, _: _width(path))), names=tuple(names))
 
@@ -201,12 +244,14 @@ def folder_source(name: str,    # of the dataset
     classes, images, y, left = _class_files(top)
     files, labels, note = {'train': images}, {'train': y}, NOTES.get(name, name)
     held = None if top == folder else 'val' if (folder/'val/val_annotations.txt').is_file() else next((s for s in _HELD_OUT if (folder/s).is_dir()), None)
-    if held and (folder/held/'val_annotations.txt').is_file(): files['test'], labels['test'] = _annotated(folder/held, classes)
+    if held and (folder/held/'val_annotations.txt').is_file():
+        files['test'], labels['test'] = _annotated(folder/held, classes)
     elif held:
         _, files['test'], labels['test'], more = _class_files(folder/held, classes)
         left = [a + b for a, b in zip(left, more)]
     for paths, one, many in zip(left, ('file that is no image', 'image not in a class folder'), ('files that are no image', 'images not in a class folder')):
-        if paths: warnings.warn(f'{folder}: {len(paths)} {one if len(paths) == 1 else many} skipped (such as {paths[0]})')
+        if paths:
+            warnings.warn(f'{folder}: {len(paths)} {one if len(paths) == 1 else many} skipped (such as {paths[0]})')
     _check_labels({'test': None, **labels}, {'train': str(top), 'test': str(folder/(held or ''))})
     note += (f'; its {held} folder stands for test' if held not in (None, 'test') else '') + (f'; {skipped} files skipped' if (skipped := sum(map(len, left))) else '')
     return _file_source(note, files, labels, folder, classes)

@@ -17,14 +17,16 @@ from .table import DATASETS, fetch_command
 # %% ../../nbs/data/33_sources.ipynb #3912c84f
 def _resize(images, side):
     images = torch.from_numpy(np.ascontiguousarray(images))
-    if images.shape[-1] == side: return images.numpy()
+    if images.shape[-1] == side:
+        return images.numpy()
     x = torch.nn.functional.interpolate(images.float(), size=(side, side), mode='bicubic', antialias=True, align_corners=False)
     return x.round().clamp(0, 255).to(torch.uint8).numpy()
 
 def _array_source(note, arrays, labels, digest):
     # arrays: split -> (n, c, h, w) uint8, in memory or mapped
     def chunks(split, rows, side):
-        for i in range(0, len(rows), CHUNK): yield _resize(arrays[split][rows[i:i + CHUNK]], side)
+        for i in range(0, len(rows), CHUNK):
+            yield _resize(arrays[split][rows[i:i + CHUNK]], side)
     first = arrays['train']
     return Source(note, labels, digest, chunks, lambda: first.shape[-1], first.shape[1], len(arrays.get('unlabelled', ())))
 
@@ -51,7 +53,8 @@ def torchvision_source(name: str,       # in `DATASETS`, with form 'torchvision'
     import torchvision.datasets as tv
     info = DATASETS[name]
     if name == 'imagenette':
-        for split in ('train', 'val'): tv.Imagenette(root, split, '160px', download=download)
+        for split in ('train', 'val'):
+            tv.Imagenette(root, split, '160px', download=download)
         return folder_source(name, root/info.marker)
     if name == 'gtsrb':
         sets = {s: tv.GTSRB(root, s, download=download) for s in ('train', 'test')}
@@ -59,11 +62,15 @@ def torchvision_source(name: str,       # in `DATASETS`, with form 'torchvision'
         labels = {s: np.array([y for _, y in d._samples], np.int64) for s, d in sets.items()}
         _check_labels(labels, {s: str(root/info.marker/s) for s in labels})
         return _file_source(info.note, files, labels, root)
-    if name in ('cifar10', 'cifar100'): arrays, labels, stored = _tv_cifar(tv.CIFAR10 if name == 'cifar10' else tv.CIFAR100, root, download)
-    else: arrays, labels, stored = _tv_labelled(tv.STL10 if name == 'stl10' else tv.SVHN, root, download)
+    if name in ('cifar10', 'cifar100'):
+        arrays, labels, stored = _tv_cifar(tv.CIFAR10 if name == 'cifar10' else tv.CIFAR100, root, download)
+    else:
+        arrays, labels, stored = _tv_labelled(tv.STL10 if name == 'stl10' else tv.SVHN, root, download)
     _check_labels(labels, {s: f'{root/info.marker} ({s})' for s in labels})
     h = hashlib.sha256()
-    for data, split in zip(stored, ('train', 'test')): h.update(data.tobytes()); h.update(labels[split].tobytes())
+    for data, split in zip(stored, ('train', 'test')):
+        h.update(data.tobytes())
+        h.update(labels[split].tobytes())
     if name == 'stl10':
         path = root/info.marker/'unlabeled_X.bin'
         arrays['unlabelled'] = np.memmap(path, np.uint8, 'r').reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2)
@@ -74,21 +81,26 @@ def torchvision_source(name: str,       # in `DATASETS`, with form 'torchvision'
 def data_folders(data_dir: str | None = None, # given by the user
                 ) -> list:                    # of `Path`
     "Where datasets are looked for: `data_dir` alone if given, else `$PID_SSL_DATA`, then `data/datasets`."
-    if data_dir: return [Path(data_dir)]
+    if data_dir:
+        return [Path(data_dir)]
     env = os.environ.get('PID_SSL_DATA')
     return ([Path(env)] if env else []) + [project_root()/'data'/'datasets']
 
 def _layout(name, folder):
-    if next((p for at in (folder, folder/'data') for p in at.glob('*.parquet')), None): return parquet_source(name, folder)
-    try: classes = (folder/'train').is_dir() or any(f.suffix.lower() in SUFFIXES for p in sorted(folder.iterdir()) if p.is_dir() for f in p.iterdir())
-    except OSError as e: raise DataError(f'{folder}: cannot be read ({e.strerror or e}); accepted: a folder that can be read') from None
+    if next((p for at in (folder, folder/'data') for p in at.glob('*.parquet')), None):
+        return parquet_source(name, folder)
+    try:
+        classes = (folder/'train').is_dir() or any(f.suffix.lower() in SUFFIXES for p in sorted(folder.iterdir()) if p.is_dir() for f in p.iterdir())
+    except OSError as e:
+        raise DataError(f'{folder}: cannot be read ({e.strerror or e}); accepted: a folder that can be read') from None
     return folder_source(name, folder) if classes else None
 
 def _counted(name, source):
     # a set that lost half of its files trains as well as a whole one
     if name in DATASETS:
         have, want = (len(source.labels['train']), 0 if source.labels['test'] is None else len(source.labels['test']), source.unlabelled), DATASETS[name].counts
-        if have != want: warnings.warn(f"dataset {name!r}: {' + '.join(map(str, have))} images (train, test, unlabelled), known are {' + '.join(map(str, want))}: another copy, or an incomplete one")
+        if have != want:
+            warnings.warn(f"dataset {name!r}: {' + '.join(map(str, have))} images (train, test, unlabelled), known are {' + '.join(map(str, want))}: another copy, or an incomplete one")
     return source
 
 def open_source(name: str,                   # of a dataset
@@ -96,26 +108,38 @@ def open_source(name: str,                   # of a dataset
                 download: bool = False,      # let torchvision fetch it
                ) -> Source:
     "Find a dataset; raises `DataError` saying where it was looked for and the command that gets it."
-    if name == 'digits': return _digits()
+    if name == 'digits':
+        return _digits()
     info, folders, seen = DATASETS.get(name), data_folders(data_dir), []
     for folder in (f/n for f in folders for n in (name, *(info.folders if info else ()))):
-        if not folder.is_dir(): continue
-        if source := _layout(name, folder): return _counted(name, source)
+        if not folder.is_dir():
+            continue
+        if source := _layout(name, folder):
+            return _counted(name, source)
         seen.append(folder)
     known = info is not None and info.form == 'torchvision'
     failure = ''
     for root in folders if known else []:
-        try: return _counted(name, torchvision_source(name, root))
-        except DataError: raise
+        try:
+            return _counted(name, torchvision_source(name, root))
+        except DataError:
+            raise
         except (RuntimeError, OSError, ValueError, KeyError) as e:
             failure = str(e).splitlines()[0]
-            if (root/info.marker).exists() and not download: raise DataError(f'{root/info.marker}: torchvision refuses it ({failure}); accepted: the whole, undamaged files; to get them again, remove it and run {fetch_command(name, root)}') from None
+            if (root/info.marker).exists() and not download:
+                raise DataError(f'{root/info.marker}: torchvision refuses it ({failure}); accepted: the whole, undamaged files; to get them again, remove it and run {fetch_command(name, root)}') from None
     if known and download:
-        try: return _counted(name, torchvision_source(name, folders[-1], True))
-        except DataError: raise
-        except (RuntimeError, OSError, ValueError, KeyError) as e: failure = str(e).splitlines()[0]; failure = f' (the download failed: {failure})'
-    elif seen and not known: return parquet_source(name, seen[0])  # says what is missing
-    else: failure = ''
+        try:
+            return _counted(name, torchvision_source(name, folders[-1], True))
+        except DataError:
+            raise
+        except (RuntimeError, OSError, ValueError, KeyError) as e:
+            failure = str(e).splitlines()[0]
+            failure = f' (the download failed: {failure})'
+    elif seen and not known:
+        return parquet_source(name, seen[0])  # says what is missing
+    else:
+        failure = ''
     near = difflib.get_close_matches(name, DATASETS, 1) if info is None else []
     get = f"{fetch_command(name, folders[-1])}{' (download=True in Python)' if known else ''}, or " if info else f"{f'did you mean {near[0]!r}? ' if near else ''}{', '.join(DATASETS)}, or "
     raise DataError(f"dataset: got {name!r}, not found under {' or '.join(map(str, folders))}{failure}; accepted: {get}a folder {name}/ there with train.parquet and test.parquet, or with train/<class>/ (set data_dir or $PID_SSL_DATA)")

@@ -14,18 +14,24 @@ import torch
 
 # %% ../../nbs/data/34_stream.ipynb #3849ab6b
 def _number(path):
-    try: return int(Path(path).read_text())
-    except (OSError, ValueError): return None
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
 
 def free_memory() -> int: # bytes
     "Memory that new allocations can have: what the system has available, or less where a container has a limit."
-    try: free = next(int(line.split()[1])*1024 for line in open('/proc/meminfo') if line.startswith('MemAvailable'))
+    try:
+        free = next(int(line.split()[1])*1024 for line in open('/proc/meminfo') if line.startswith('MemAvailable'))
     except (OSError, StopIteration):
-        try: free = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
-        except (AttributeError, ValueError, OSError): return 8 << 30  # Windows
+        try:
+            free = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
+        except (AttributeError, ValueError, OSError):
+            return 8 << 30  # Windows
     for limit, used in (('memory.max', 'memory.current'), ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes')):
         limit, used = (_number(f'/sys/fs/cgroup/{p}') for p in (limit, used))
-        if limit and used is not None: free = min(free, limit - used)
+        if limit and used is not None:
+            free = min(free, limit - used)
     return max(0, free)
 
 def image_limit(megabytes: int | None = None, # given by the user; 0 maps everything
@@ -45,10 +51,14 @@ def _describe(header, shape):
 def _read_header(path, want, size):
     # the checksum of a file that has what is wanted, else None with the reason
     try:
-        with open(path, 'rb') as f: head = json.loads(f.read(HEADER))
-        if path.stat().st_size != HEADER + size: return None, f'{path.stat().st_size:,} bytes instead of {HEADER + size:,}'
-    except FileNotFoundError: return None, ''
-    except (OSError, ValueError) as e: return None, str(e)
+        with open(path, 'rb') as f:
+            head = json.loads(f.read(HEADER))
+        if path.stat().st_size != HEADER + size:
+            return None, f'{path.stat().st_size:,} bytes instead of {HEADER + size:,}'
+    except FileNotFoundError:
+        return None, ''
+    except (OSError, ValueError) as e:
+        return None, str(e)
     differ = [k for k in {**want, 'crc32': 0} if k not in head or k != 'crc32' and head[k] != want[k]] if isinstance(head, dict) else ['header']
     return (None, f'other {", ".join(differ)}') if differ else (head['crc32'], '')
 
@@ -56,26 +66,35 @@ def _checksum(path):
     crc = 0
     with open(path, 'rb') as f:
         f.seek(HEADER)
-        while chunk := f.read(1 << 22): crc = zlib.crc32(chunk, crc)
+        while chunk := f.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
     return crc
 
 def _write(path, head, chunks, size):
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob('*.tmp-*'):  # of processes that were killed: a living one writes all the time
-        if time.time() - old.stat().st_mtime > 3600: old.unlink(missing_ok=True)
+        if time.time() - old.stat().st_mtime > 3600:
+            old.unlink(missing_ok=True)
     tmp, crc, seen = path.with_name(f'{path.name}.tmp-{os.getpid()}'), 0, 0
     try:
         with open(tmp, 'wb') as f:
-            if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, HEADER + size)  # a full disk is known before the first image is decoded
+            if hasattr(os, 'posix_fallocate'):
+                os.posix_fallocate(f.fileno(), 0, HEADER + size)  # a full disk is known before the first image is decoded
             f.seek(HEADER)
             for chunk in chunks:
                 data = np.ascontiguousarray(chunk).data
-                f.write(data); crc = zlib.crc32(data, crc); seen += data.nbytes
-            if seen != size: raise ValueError(f'{path}: got {seen:,} bytes of images; accepted: {size:,}, as the shape says')
-            f.seek(0); f.write(json.dumps({**head, 'crc32': crc}).encode().ljust(HEADER))
-            f.flush(); os.fsync(f.fileno())
+                f.write(data)
+                crc = zlib.crc32(data, crc)
+                seen += data.nbytes
+            if seen != size:
+                raise ValueError(f'{path}: got {seen:,} bytes of images; accepted: {size:,}, as the shape says')
+            f.seek(0)
+            f.write(json.dumps({**head, 'crc32': crc}).encode().ljust(HEADER))
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 def mapped_images(path: Path,       # of the file
                   header: dict,     # what it must hold: JSON values that change when the images do
@@ -85,14 +104,18 @@ def mapped_images(path: Path,       # of the file
     "Images in a file, decoded into it first unless it is there; raises `OSError` when the file cannot be written. The tensor is a map of the file: writing to it ends the process."
     path, size, want = Path(path), int(np.prod(shape)), _describe(header, shape)
     crc, reason = _read_header(path, want, size)
-    if crc is not None and _checksum(path) != crc: reason = 'its bytes do not give its checksum'
-    elif crc is not None: return _map(path, shape)
-    if reason: warnings.warn(f'{path}: cannot be used ({reason}); written again')
+    if crc is not None and _checksum(path) != crc:
+        reason = 'its bytes do not give its checksum'
+    elif crc is not None:
+        return _map(path, shape)
+    if reason:
+        warnings.warn(f'{path}: cannot be used ({reason}); written again')
     _write(path, want, chunks(), size)
     return _map(path, shape)
 
 def _map(path, shape):
-    with open(path, 'rb') as f: whole = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    with open(path, 'rb') as f:
+        whole = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch has no read-only tensors, and says so
         return torch.frombuffer(whole, dtype=torch.uint8, offset=HEADER).reshape(shape)

@@ -54,7 +54,8 @@ def fetch_command(name: str,     # in `DATASETS`
                   root: Path,    # data folder
                  ) -> str:       # a line for a shell
     "The command that gets a dataset."
-    if DATASETS[name].form == 'torchvision': return f'python -m pid_ssl.trainers --dataset {name} --download'
+    if DATASETS[name].form == 'torchvision':
+        return f'python -m pid_ssl.trainers --dataset {name} --download'
     url = DATASETS[name].url
     return f'curl -L -o {root/url.rsplit("/", 1)[1]} {url} && unzip -q {root/url.rsplit("/", 1)[1]} -d {root}' if url else ''
 

@@ -17,15 +17,24 @@ from ..pid import PID, pid_discrete
 def _inside(name, x, y):
     r = torch.hypot(x, y)
     box = lambda u, v, a, b: torch.maximum(u.abs() - a, v.abs() - b)
-    if name == 'circle': return r - 0.9
-    if name == 'square': return box(x, y, 0.86, 0.86)
-    if name == 'triangle': return torch.stack([x*math.cos(a) + y*math.sin(a) for a in (math.pi/2, math.pi*7/6, math.pi*11/6)]).amax(0) - 0.55
-    if name == 'plus': return torch.minimum(box(x, y, 1.1, 0.33), box(x, y, 0.33, 1.1))
-    if name == 'tee': return torch.minimum(box(x, y + 0.6, 0.95, 0.36), box(x, y, 0.36, 0.96))
-    if name == 'bar': return box(x, y, 1.15, 0.38)
-    if name == 'ring': return (r - 0.7).abs() - 0.3
-    if name == 'crescent': return torch.maximum(r - 1., 0.75 - torch.hypot(x - 0.6, y))
-    if name == 'half': return torch.maximum(torch.hypot(x, y - 0.45) - 1.15, y - 0.4)
+    if name == 'circle':
+        return r - 0.9
+    if name == 'square':
+        return box(x, y, 0.86, 0.86)
+    if name == 'triangle':
+        return torch.stack([x*math.cos(a) + y*math.sin(a) for a in (math.pi/2, math.pi*7/6, math.pi*11/6)]).amax(0) - 0.55
+    if name == 'plus':
+        return torch.minimum(box(x, y, 1.1, 0.33), box(x, y, 0.33, 1.1))
+    if name == 'tee':
+        return torch.minimum(box(x, y + 0.6, 0.95, 0.36), box(x, y, 0.36, 0.96))
+    if name == 'bar':
+        return box(x, y, 1.15, 0.38)
+    if name == 'ring':
+        return (r - 0.7).abs() - 0.3
+    if name == 'crescent':
+        return torch.maximum(r - 1., 0.75 - torch.hypot(x - 0.6, y))
+    if name == 'half':
+        return torch.maximum(torch.hypot(x, y - 0.45) - 1.15, y - 0.4)
     # star: fold into one tenth, then one side of the line from an outer to an inner corner
     tenth, inner = math.pi/5, 0.45
     a = (torch.atan2(y, x).remainder(2*tenth) - tenth).abs()
@@ -35,14 +44,22 @@ def _inside(name, x, y):
 def _pattern(name, u, v, x, generator):
     # u, v: periods from a random origin; x: periods from near the middle of the image
     saw = lambda a: (a.remainder(1) - 0.5).abs()
-    if name == 'solid': return torch.ones_like(u)
-    if name == 'stripes': return 2*torch.sin(2*math.pi*u)
-    if name == 'checks': return 4*torch.sin(math.pi*u)*torch.sin(math.pi*v)
-    if name == 'dots': return 8*(0.34 - torch.hypot(saw(u), saw(v)))
-    if name == 'grid': return 8*(torch.maximum(saw(u), saw(v)) - 0.33)
-    if name == 'split': return 6*x
-    if name == 'ramp': return 0.45*x
-    if name in ('speckle', 'pepper'): return torch.where(torch.rand(u.shape, generator=generator) < (0.2 if name == 'speckle' else 0.8), 1., -1.)
+    if name == 'solid':
+        return torch.ones_like(u)
+    if name == 'stripes':
+        return 2*torch.sin(2*math.pi*u)
+    if name == 'checks':
+        return 4*torch.sin(math.pi*u)*torch.sin(math.pi*v)
+    if name == 'dots':
+        return 8*(0.34 - torch.hypot(saw(u), saw(v)))
+    if name == 'grid':
+        return 8*(torch.maximum(saw(u), saw(v)) - 0.33)
+    if name == 'split':
+        return 6*x
+    if name == 'ramp':
+        return 0.45*x
+    if name in ('speckle', 'pepper'):
+        return torch.where(torch.rand(u.shape, generator=generator) < (0.2 if name == 'speckle' else 0.8), 1., -1.)
     cells = torch.rand(len(u), 1, u.shape[1]//2, u.shape[2]//2, generator=generator) < 0.5
     return torch.nn.functional.interpolate(2*cells.float() - 1, size=u.shape[1:], mode='nearest')[:, 0]
 
@@ -59,9 +76,11 @@ def draw(shape: torch.Tensor,   # (n,) integers from 0 to 9, places in `SHAPES`
          generator: torch.Generator | None = None, # of position, size, angles and phases
         ) -> torch.Tensor:      # (n, 3, size, size) uint8
     "Draw one image a row; raises `ConfigError` for a size or a symbol that cannot be drawn."
-    if not 16 <= size <= 64 or size % 2: raise ConfigError('size', size, 'an even number from 16 to 64')
+    if not 16 <= size <= 64 or size % 2:
+        raise ConfigError('size', size, 'an even number from 16 to 64')
     for name, s in (('shape', shape), ('colour', colour), ('texture', texture)):
-        if s.shape != shape.shape or s.ndim != 1 or s.is_floating_point() or len(s) and not 0 <= s.min() <= s.max() <= 9: raise ConfigError(name, s, 'integers (n,) from 0 to 9')
+        if s.shape != shape.shape or s.ndim != 1 or s.is_floating_point() or len(s) and not 0 <= s.min() <= s.max() <= 9:
+            raise ConfigError(name, s, 'integers (n,) from 0 to 9')
     n = len(shape)
     uniform = lambda lo, hi: torch.rand(n, 1, 1, generator=generator)*(hi - lo) + lo
     axis = (torch.arange(size) + 0.5)/size - 0.5
@@ -78,10 +97,12 @@ def draw(shape: torch.Tensor,   # (n,) integers from 0 to 9, places in `SHAPES`
     mask, tone = torch.empty(n, size, size), torch.empty(n, size, size)
     for i, name in enumerate(SHAPES):
         rows = shape == i
-        if rows.any(): mask[rows] = (0.5 - _inside(name, x[rows], y[rows])*radius[rows]*size).clamp(0, 1)
+        if rows.any():
+            mask[rows] = (0.5 - _inside(name, x[rows], y[rows])*radius[rows]*size).clamp(0, 1)
     for i, name in enumerate(TEXTURES):
         rows = texture == i
-        if rows.any(): tone[rows] = (0.5 + _pattern(name, u[rows], v[rows], p[rows], generator)).clamp(0, 1)
+        if rows.any():
+            tone[rows] = (0.5 + _pattern(name, u[rows], v[rows], p[rows], generator)).clamp(0, 1)
     weight = mask*(FAINT + (1 - FAINT)*tone)
     rgb = torch.tensor(list(COLOURS.values()))[colour].view(n, 3, 1, 1)
     return (255*(BACKGROUND + weight.unsqueeze(1)*(rgb - BACKGROUND))).round().to(torch.uint8)
@@ -92,11 +113,13 @@ def channel(bits: float,  # information of reading and symbol
            ) -> torch.Tensor: # (m, m) float64, row: symbol, column: probability of each reading
     "Symmetric channel from a uniform symbol that carries `bits`; raises `ConfigError` beyond log2 m."
     m = symbols
-    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 <= bits <= math.log2(m) + 1e-12: raise ConfigError('bits', bits, f'a number from 0 to {math.log2(m):g}, log2 of {m} symbols')
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 <= bits <= math.log2(m) + 1e-12:
+        raise ConfigError('bits', bits, f'a number from 0 to {math.log2(m):g}, log2 of {m} symbols')
     xlog = lambda p: p*math.log2(p) if p > 0 else 0.
     information = lambda e: math.log2(m) + xlog(1 - e + e/m) + (m - 1)*xlog(e/m)
     low, high = 0., 1.
-    for _ in range(80): low, high = ((low + high)/2, high) if information((low + high)/2) > bits else (low, (low + high)/2)
+    for _ in range(80):
+        low, high = ((low + high)/2, high) if information((low + high)/2) > bits else (low, (low + high)/2)
     e = 0. if bits >= math.log2(m) else 1. if bits == 0 else (low + high)/2
     return (1 - e)*torch.eye(m, dtype=torch.float64) + e/m
 
@@ -113,10 +136,13 @@ class ControlledAtoms:
     symbols: int = 4       # m, alphabet of each part; 2 to 10
 
     def __post_init__(self):
-        if isinstance(self.symbols, bool) or not isinstance(self.symbols, int) or not 2 <= self.symbols <= 10: raise ConfigError('symbols', self.symbols, 'an integer from 2 to 10')
+        if isinstance(self.symbols, bool) or not isinstance(self.symbols, int) or not 2 <= self.symbols <= 10:
+            raise ConfigError('symbols', self.symbols, 'an integer from 2 to 10')
         for name in PARTS:
-            try: channel(getattr(self, name), self.symbols)
-            except ConfigError as e: raise ConfigError(name, e.value, e.accepted) from None
+            try:
+                channel(getattr(self, name), self.symbols)
+            except ConfigError as e:
+                raise ConfigError(name, e.value, e.accepted) from None
 
     def tables(self) -> dict: # part -> (m, m, m) float64, or 1 in place of m for a view that shows no symbol of the part
         "The joint distribution of symbol in view 1, symbol in view 2 and label, for each part."
@@ -160,7 +186,8 @@ class Trifeature:
                  size: int = 32,     # pixels a side
                  drawings: int = 20, # of each combination
                 ):
-        if isinstance(drawings, bool) or not isinstance(drawings, int) or drawings < 1: raise ConfigError('drawings', drawings, 'an integer from 1')
+        if isinstance(drawings, bool) or not isinstance(drawings, int) or drawings < 1:
+            raise ConfigError('drawings', drawings, 'an integer from 1')
         g = torch.Generator().manual_seed(seed)
         combinations = torch.cartesian_prod(*[torch.arange(10)]*3)
         self.bijection, axes = torch.randperm(10, generator=g), torch.stack([torch.randperm(10, generator=g) for _ in range(3)])
@@ -173,7 +200,8 @@ class Trifeature:
              split: str, # fit, val, train or test
             ) -> torch.Tensor: # indices of its images
         "The images of a split."
-        if split not in SPLITS: raise ConfigError('split', split, ', '.join(SPLITS))
+        if split not in SPLITS:
+            raise ConfigError('split', split, ', '.join(SPLITS))
         return self.member[split].flatten().repeat_interleave(self.drawings).nonzero()[:, 0]
 
     def pairs(self,
@@ -183,13 +211,17 @@ class Trifeature:
               generator: torch.Generator | None = None, # of the pairs
              ) -> tuple:    # (n,) rows of image 1 and of image 2
         "Draw pairs that share a shape: texture 1 and colour 2 as `pairing` says, colour 1 and texture 2 from what the split holds."
-        if split not in SPLITS: raise ConfigError('split', split, ', '.join(SPLITS))
-        if pairing not in PAIRINGS: raise ConfigError('pairing', pairing, ', '.join(PAIRINGS))
+        if split not in SPLITS:
+            raise ConfigError('split', split, ', '.join(SPLITS))
+        if pairing not in PAIRINGS:
+            raise ConfigError('pairing', pairing, ', '.join(PAIRINGS))
         shape, texture1, colour2, d1, d2 = (torch.randint(k, (n,), generator=generator) for k in (10, 10, 10, self.drawings, self.drawings))
         match = self.bijection[texture1]
         other = (match + torch.randint(1, 10, (n,), generator=generator))%10
-        if pairing == 'balanced': match = torch.where(torch.arange(n)%2 == 0, match, other)
-        if pairing != 'independent': colour2 = other if pairing == 'outside' else match
+        if pairing == 'balanced':
+            match = torch.where(torch.arange(n)%2 == 0, match, other)
+        if pairing != 'independent':
+            colour2 = other if pairing == 'outside' else match
         choose = lambda have: torch.multinomial(have.float(), 1, generator=generator)[:, 0]
         colour1, texture2 = choose(self.member[split][shape, :, texture1]), choose(self.member[split][shape, colour2])
         number = lambda c, t: (shape*10 + c)*10 + t

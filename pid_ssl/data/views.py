@@ -51,17 +51,22 @@ POLICIES = {
 # %% ../../nbs/data/35_views.ipynb #36b94284
 class _Generator(torch.Generator):
     share = (0, 1)  # rank and number of the processes that share a batch
-    def __init__(self, device): self.host = torch.Generator()  # torch's own generators take no attributes
+    def __init__(self, device):
+        self.host = torch.Generator()  # torch's own generators take no attributes
 
-    def manual_seed(self, seed): self.host.manual_seed(seed); return super().manual_seed(seed)
+    def manual_seed(self, seed):
+        self.host.manual_seed(seed)
+        return super().manual_seed(seed)
 
 def _draw(make, n, *shape, g):
     # the numbers of the whole batch, of which a process takes those of its rows
     rank, processes = getattr(g, 'share', (0, 1))
     return make(processes*n, *shape, device=g.device, generator=g)[rank*n:(rank + 1)*n]
 
-def _uniform(n, lo, hi, g): return _draw(torch.rand, n, g=g)*(hi - lo) + lo
-def _chance(n, p, g): return _draw(torch.rand, n, g=g) < p
+def _uniform(n, lo, hi, g):
+    return _draw(torch.rand, n, g=g)*(hi - lo) + lo
+def _chance(n, p, g):
+    return _draw(torch.rand, n, g=g) < p
 
 def _pixel_boxes(n, policy, g, side):
     ten = lambda lo, hi: _draw(torch.rand, n, 10, g=g)*(hi - lo) + lo
@@ -99,7 +104,8 @@ def resample(x: torch.Tensor,     # (n, c, side, side)
              policy: Policy,      # the same
             ) -> torch.Tensor:    # (n, c, side, side)
     "Apply one affine map an image, bilinear."
-    if policy.boxes == 'pixels': return _weights(theta[:, 1, 1], theta[:, 1, 2], x)[:, None] @ x @ _weights(theta[:, 0, 0], theta[:, 0, 2], x)[:, None].mT
+    if policy.boxes == 'pixels':
+        return _weights(theta[:, 1, 1], theta[:, 1, 2], x)[:, None] @ x @ _weights(theta[:, 0, 0], theta[:, 0, 2], x)[:, None].mT
     return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), mode='bilinear', padding_mode=policy.padding, align_corners=False)
 
 def _weights(scale, centre, x):
@@ -151,20 +157,26 @@ def draw_colour(n: int,             # images
     steps = [(steps[i], drawn[steps[i]]) for i in torch.randperm(len(steps), generator=host, device=host.device).tolist()]
     return steps + ([('gray', _chance(n, policy.gray, g))] if policy.gray and colour else [])
 
-def _host(g): return g.host if g.device.type != 'cpu' and hasattr(g, 'host') else g
+def _host(g):
+    return g.host if g.device.type != 'cpu' and hasattr(g, 'host') else g
 
 def jitter_colour(x: torch.Tensor, # (n, c, h, w), values in 0..1
                   drawn: list,     # from `draw_colour`
                  ) -> torch.Tensor:# (n, c, h, w), values in 0..1
     "Colour jitter and grayscale with factors for each image."
     for name, v in drawn:
-        if name == 'hue': x = shift_hue(x, v); continue
+        if name == 'hue':
+            x = shift_hue(x, v)
+            continue
         v = v.view(-1, 1, 1, 1)
-        if name == 'brightness': x = (x*v).clamp_(0, 1)
-        elif name == 'gray': x = (x*~v).add_(grayscale(x)*v)
+        if name == 'brightness':
+            x = (x*v).clamp_(0, 1)
+        elif name == 'gray':
+            x = (x*~v).add_(grayscale(x)*v)
         else:
             other = grayscale(x)
-            if name == 'contrast': other = other.mean((2, 3), keepdim=True)
+            if name == 'contrast':
+                other = other.mean((2, 3), keepdim=True)
             x = (v*x).add_((1 - v)*other).clamp_(0, 1)
     return x
 
@@ -178,7 +190,8 @@ def gaussian_blur(x: torch.Tensor,     # (n, c, side, side)
     weights = torch.where(sigma[:, None] > 0, (-(taps/sigma.clamp(min=1e-6)[:, None])**2/2).softmax(1), (taps == 0).to(x.dtype))
     def along(v):
         out = weights[:, 0].view(-1, 1, 1, 1)*v[..., :x.shape[-1]]
-        for i in range(1, len(taps)): out.add_(weights[:, i].view(-1, 1, 1, 1)*v[..., i:i + x.shape[-1]])
+        for i in range(1, len(taps)):
+            out.add_(weights[:, i].view(-1, 1, 1, 1)*v[..., i:i + x.shape[-1]])
         return out
     x = along(F.pad(x, (reach, reach, 0, 0), mode='reflect'))
     return along(F.pad(x, (0, 0, reach, reach), mode='reflect').mT).mT
@@ -194,7 +207,8 @@ class ViewMaker:
                  device: str = 'cpu',        # where views are made
                  share: tuple = (0, 1),      # (rank, processes): the batches are this process's rows of a larger one
                 ):
-        if policy not in POLICIES: raise ConfigError('policy', policy, ', '.join(POLICIES))
+        if policy not in POLICIES:
+            raise ConfigError('policy', policy, ', '.join(POLICIES))
         self.policy = POLICIES[policy]
         self.mean, self.std = (torch.as_tensor(v, dtype=torch.float32, device=device).view(1, -1, 1, 1) for v in (mean, std))
         self.generator = _Generator(device).manual_seed(seed)
@@ -212,15 +226,19 @@ class ViewMaker:
         "One random view of each image."
         n, channels, _, side = images.shape
         p, g = self.policy, self.generator
-        if p == POLICIES['none']: return self.clean(images)
+        if p == POLICIES['none']:
+            return self.clean(images)
         theta, colour = affine_parameters(n, p, g, side), draw_colour(n, p, g, channels == 3)
         sigma = torch.where(_chance(n, p.blur, g), _uniform(n, *p.blur_sigma, g), 0.) if p.blur else None
         solar = _chance(n, p.solarize, g).view(-1, 1, 1, 1) if p.solarize else None
         noise = _draw(torch.randn, *images.shape, g=g) if p.noise else None
         x = jitter_colour(resample(images.float()/255, theta, p), colour)
-        if p.blur: x = gaussian_blur(x, sigma)
-        if p.solarize: x = torch.where(solar & (x >= 0.5), 1 - x, x)
-        if p.noise: x = (x + p.noise*noise).clamp_(0, 1)
+        if p.blur:
+            x = gaussian_blur(x, sigma)
+        if p.solarize:
+            x = torch.where(solar & (x >= 0.5), 1 - x, x)
+        if p.noise:
+            x = (x + p.noise*noise).clamp_(0, 1)
         return (x - self.mean)/self.std
 
     def state(self) -> dict: # name -> uint8 tensor
@@ -233,4 +251,5 @@ class ViewMaker:
                   ) -> None:
         "Put the generators back where a checkpoint left them."
         self.generator.set_state(state['device'].cpu())
-        if self.generator.device.type != 'cpu': _host(self.generator).set_state(state['host'].cpu())
+        if self.generator.device.type != 'cpu':
+            _host(self.generator).set_state(state['host'].cpu())

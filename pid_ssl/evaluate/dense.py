@@ -25,13 +25,17 @@ def feature_maps(encoder: nn.Module, # `SmallResNet`, or a ResNet of torchvision
                 ) -> list:           # of (n, c, h, w), finest first
     "Maps before global pooling; raises `ConfigError` for a network whose stages are not known."
     act = getattr(encoder, 'relu', getattr(encoder, 'act1', None))  # torchvision's name, timm's name
-    if isinstance(encoder, SmallResNet): x, stages = encoder.stem(x), encoder.stages
+    if isinstance(encoder, SmallResNet):
+        x, stages = encoder.stem(x), encoder.stages
     elif act is not None and all(hasattr(encoder, n) for n in ('conv1', 'bn1', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4')):
         x, stages = encoder.maxpool(act(encoder.bn1(encoder.conv1(x)))), [getattr(encoder, f'layer{i}') for i in range(1, 5)]
-    else: raise ConfigError('encoder', type(encoder).__name__, 'SmallResNet, or a ResNet with the stages of torchvision or timm: conv1, bn1, relu or act1, maxpool, layer1 to layer4')
-    if not 0 < levels <= len(stages): raise ConfigError('levels', levels, f'1 to {len(stages)}, the stages of this encoder')
+    else:
+        raise ConfigError('encoder', type(encoder).__name__, 'SmallResNet, or a ResNet with the stages of torchvision or timm: conv1, bn1, relu or act1, maxpool, layer1 to layer4')
+    if not 0 < levels <= len(stages):
+        raise ConfigError('levels', levels, f'1 to {len(stages)}, the stages of this encoder')
     maps = []
-    for stage in stages: maps.append(x := stage(x))
+    for stage in stages:
+        maps.append(x := stage(x))
     return maps[-levels:]
 
 # %% ../../nbs/evaluate/63_dense.ipynb #fb97a7eb
@@ -61,9 +65,12 @@ def check_settings(mode: str,    # 'frozen' or 'finetuned'
                   ) -> None:
     "Raise `ConfigError` for a setting that cannot be used."
     for name, value, choices in (('mode', mode, MODES), ('eval_on', eval_on, ('val', 'test'))):
-        if value not in choices: raise ConfigError(name, value, ', '.join(choices))
-    if type(epochs) is not int or epochs < 0: raise ConfigError('epochs', epochs, 'an integer from 0; 0 measures the untrained head')
-    if not 0 < lr < 1: raise ConfigError('lr', lr, 'a number above 0 and below 1')
+        if value not in choices:
+            raise ConfigError(name, value, ', '.join(choices))
+    if type(epochs) is not int or epochs < 0:
+        raise ConfigError('epochs', epochs, 'an integer from 0; 0 measures the untrained head')
+    if not 0 < lr < 1:
+        raise ConfigError('lr', lr, 'a number above 0 and below 1')
 
 def metric_prefix(data: Dataset, # camvid-240 is called camvid
                   split: str,    # measured on
@@ -89,11 +96,13 @@ def fit(model: nn.Module,        # whose parameters with gradients are trained
         total = 0.
         for rows in torch.randperm(n, generator=generator).split(batch_size):
             value = loss(rows)
-            if not value.isfinite(): raise ValueError(f"lr: got {lr}; the loss of epoch {epoch + 1} is {value.item()}; accepted: a lower lr")
+            if not value.isfinite():
+                raise ValueError(f"lr: got {lr}; the loss of epoch {epoch + 1} is {value.item()}; accepted: a lower lr")
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(parameters, 10.)  # detectors have rare steps with huge gradients
-            optimizer.step(); schedule.step()
+            optimizer.step()
+            schedule.step()
             total += value.item()*len(rows)
         history.append(total/n)
     return history
@@ -105,7 +114,8 @@ def paired_bootstrap(score: Callable,     # indices of units -> score of the fir
                      seed: int = 0,       # of the resamples
                     ) -> dict:            # difference, low and high (95 %), units
     "Percentile bootstrap interval of a paired difference."
-    if units < 2: raise ValueError(f"units: got {units}; accepted: at least 2, or there is nothing to resample")
+    if units < 2:
+        raise ValueError(f"units: got {units}; accepted: at least 2, or there is nothing to resample")
     rng, gap = np.random.default_rng(seed), lambda rows: float(np.subtract(*score(rows)))
     low, high = np.quantile([gap(rng.integers(0, units, units)) for _ in range(draws)], (0.025, 0.975))
     return {'difference': gap(np.arange(units)), 'low': float(low), 'high': float(high), 'units': units}

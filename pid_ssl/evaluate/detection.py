@@ -22,7 +22,8 @@ def _index(coco, boxes, labels, images, scores=None):
     # annotation ids from 1: pycocotools reads 0 as unmatched
     sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist() if len(boxes) else []
     rows = [{'id': i + 1, 'image_id': int(at), 'category_id': int(y), 'bbox': b, 'area': b[2]*b[3], 'iscrowd': 0} for i, (b, y, at) in enumerate(zip(sides, labels, images))]
-    for row, s in zip(rows, [] if scores is None else scores.tolist()): row['score'] = s
+    for row, s in zip(rows, [] if scores is None else scores.tolist()):
+        row['score'] = s
     coco.dataset['annotations'] = rows
     coco.createIndex()
     return coco
@@ -33,17 +34,23 @@ def coco_evaluation(predictions: dict, # boxes (m, 4), scores, labels and image 
                     classes: int,      # number of classes
                    ):                  # pycocotools' `COCOeval`, images matched
     "Match detections to true boxes image by image; raises `ValueError` when the predictions do not fit."
-    try: from pycocotools import coco, cocoeval
-    except ImportError: raise ImportError('average precision needs pycocotools; pip install "pid_ssl[detection]"') from None
+    try:
+        from pycocotools import coco, cocoeval
+    except ImportError:
+        raise ImportError('average precision needs pycocotools; pip install "pid_ssl[detection]"') from None
     m, n = len(predictions['boxes']), len(boxes)
     for k, shape in (('boxes', (m, 4)), ('scores', (m,)), ('labels', (m,)), ('image', (m,))):
-        if tuple(predictions[k].shape) != shape: raise ValueError(f"predictions: got {k} of shape {tuple(predictions[k].shape)}; accepted: {shape}")
-        if not predictions[k].isfinite().all(): raise ValueError(f"predictions: got {k} that are not finite; accepted: finite numbers")
+        if tuple(predictions[k].shape) != shape:
+            raise ValueError(f"predictions: got {k} of shape {tuple(predictions[k].shape)}; accepted: {shape}")
+        if not predictions[k].isfinite().all():
+            raise ValueError(f"predictions: got {k} that are not finite; accepted: finite numbers")
     for k, top in (('labels', classes), ('image', n)):
-        if m and not (0 <= predictions[k].min() and predictions[k].max() < top): raise ValueError(f"predictions: got {k} from {predictions[k].min()} to {predictions[k].max()}; accepted: 0 to {top - 1}")
+        if m and not (0 <= predictions[k].min() and predictions[k].max() < top):
+            raise ValueError(f"predictions: got {k} from {predictions[k].min()} to {predictions[k].max()}; accepted: 0 to {top - 1}")
     with contextlib.redirect_stdout(io.StringIO()):
         sides = [coco.COCO(), coco.COCO()]
-        for c in sides: c.dataset = {'images': [{'id': i} for i in range(n)], 'categories': [{'id': k} for k in range(classes)]}
+        for c in sides:
+            c.dataset = {'images': [{'id': i} for i in range(n)], 'categories': [{'id': k} for k in range(classes)]}
         _index(sides[0], torch.cat(boxes), torch.cat(labels), [i for i, b in enumerate(boxes) for _ in b])
         _index(sides[1], predictions['boxes'], predictions['labels'], predictions['image'], predictions['scores'])
         ev = cocoeval.COCOeval(*sides, 'bbox')
@@ -60,11 +67,13 @@ def average_precision(evaluation: object,              # from `coco_evaluation`
     ev.evalImgs = [evaluation.evalImgs[c*n + i] for c in range(k) for i in rows]
     ev.params = ev._paramsEval = copy.copy(evaluation.params)
     ev.params.imgIds = list(range(len(rows)))
-    with contextlib.redirect_stdout(io.StringIO()): ev.accumulate()
+    with contextlib.redirect_stdout(io.StringIO()):
+        ev.accumulate()
     p = ev.eval['precision'][:, :, :, 0, 0]
     return np.where(p[:, 0] < 0, np.nan, 100*p.mean(1))
 
-def _mean(values): return float(np.nanmean(values)) if not np.isnan(values).all() else 0.
+def _mean(values):
+    return float(np.nanmean(values)) if not np.isnan(values).all() else 0.
 
 # %% ../../nbs/evaluate/65_detection.ipynb #37703216
 class Pyramid(nn.Module):
@@ -93,7 +102,8 @@ def build_detector(encoder: nn.Module,   # used as it is, not copied
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.fcos import FCOS, FCOSHead
     size = data.images['train'].shape[-2:]
-    with torch.no_grad(): maps = feature_maps(copy.deepcopy(encoder).eval(), views.clean(data.images['train'][:1].to(views.mean.device)))
+    with torch.no_grad():
+        maps = feature_maps(copy.deepcopy(encoder).eval(), views.clean(data.images['train'][:1].to(views.mean.device)))
     body = Pyramid(encoder, [m.shape[1] for m in maps])
     strides = [round(size[0]/m.shape[2]) for m in maps]
     sizes = [*strides, 2*strides[-1]]
@@ -116,8 +126,10 @@ def _detect(detector, images):
 
 def _flipped(image, boxes, horizontal, vertical):
     (h, w), b = image.shape[-2:], boxes.clone()
-    if horizontal: image, b[:, 0::2] = image.flip(-1), w - b[:, [2, 0]]
-    if vertical: image, b[:, 1::2] = image.flip(-2), h - b[:, [3, 1]]
+    if horizontal:
+        image, b[:, 0::2] = image.flip(-1), w - b[:, [2, 0]]
+    if vertical:
+        image, b[:, 1::2] = image.flip(-2), h - b[:, [3, 1]]
     return image, b
 
 def detection(encoder: nn.Module,               # not changed; the work is done where it is
@@ -134,14 +146,16 @@ def detection(encoder: nn.Module,               # not changed; the work is done 
     "Train a detector on an encoder's maps and measure it; raises `ConfigError` naming the setting."
     epochs, lr = (DEFAULTS[k] if v is None else v for k, v in (('epochs', epochs), ('lr', lr)))
     check_settings(mode, eval_on, epochs, lr)
-    if upside_down is None: upside_down = data.name in NO_UP
+    if upside_down is None:
+        upside_down = data.name in NO_UP
     encoder, views, generator = copy.deepcopy(encoder), normaliser(data, encoder, mean, std), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         detector = build_detector(encoder, data, views).to(views.mean.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
     images, boxes, labels, device = data.images['train'], data.boxes['train'], data.labels['train'], views.mean.device
     detector.train()
-    if mode == 'frozen': encoder.requires_grad_(False).eval()
+    if mode == 'frozen':
+        encoder.requires_grad_(False).eval()
     def loss(rows):
         flips = torch.randint(2, (len(rows), 2), generator=generator).tolist()
         batch = [_flipped(images[i].float()/255, boxes[i], a, b and upside_down) for i, (a, b) in zip(rows.tolist(), flips)]

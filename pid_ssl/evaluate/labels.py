@@ -27,11 +27,13 @@ def label_draw(labels: torch.Tensor, # (n,) of the training images
                draw: int = 0,        # number of the draw
               ) -> torch.Tensor:     # (m,) sorted indices
     "A stratified draw of training images; raises `DataError` when a class gets none, `ValueError` for a fraction outside 0 to 1."
-    if not 0 < fraction <= 1: raise ValueError(f'fraction: got {fraction!r}; accepted: a share above 0, up to 1')
+    if not 0 < fraction <= 1:
+        raise ValueError(f'fraction: got {fraction!r}; accepted: a share above 0, up to 1')
     rng, rows = np.random.default_rng((draw, round(1e9*fraction))), []
     for c, n in enumerate(labels.bincount().tolist()):
         keep = round(fraction*n)
-        if not keep: raise DataError(f"fraction: {fraction:g} of the {n} training images of class {c} is none; accepted: at least one image a class, so " + (f'from {1/n:.2g}' if n else 'labels without gaps'))
+        if not keep:
+            raise DataError(f"fraction: {fraction:g} of the {n} training images of class {c} is none; accepted: at least one image a class, so " + (f'from {1/n:.2g}' if n else 'labels without gaps'))
         rows.append(rng.permutation(np.flatnonzero(labels.numpy() == c))[:keep])
     return torch.from_numpy(np.sort(np.concatenate(rows)))
 
@@ -52,9 +54,11 @@ def fit_classifier(encoder: nn.Module,         # maps (n, c, h, w) to (n, f); no
     classes = classes or int(labels.max()) + 1
     check_labels({'train': labels}, classes)
     width = extract_features(encoder, images[:2], views)
-    if width.ndim != 2: raise ValueError(f'encoder: got features {tuple(width.shape)} of 2 images; accepted: a module that gives (n, f)')
+    if width.ndim != 2:
+        raise ValueError(f'encoder: got features {tuple(width.shape)} of 2 images; accepted: a module that gives (n, f)')
     head = nn.Linear(width.shape[1], classes)
-    for p in head.parameters(): nn.init.zeros_(p)
+    for p in head.parameters():
+        nn.init.zeros_(p)
     net = nn.Sequential(copy.deepcopy(encoder), nn.BatchNorm1d(width.shape[1], affine=False), head)
     net.to(views.mean.device, memory_format=torch.channels_last).requires_grad_(True).train()
     optimizer = torch.optim.AdamW([dict(params=net[0].parameters(), lr=encoder_lr or lr), dict(params=head.parameters())], lr, weight_decay=weight_decay)
@@ -64,7 +68,8 @@ def fit_classifier(encoder: nn.Module,         # maps (n, c, h, w) to (n, f); no
         for rows in torch.randperm(len(images), generator=g).split(batch_size)[:steps]:
             x = views(images[rows].to(views.mean.device)).contiguous(memory_format=torch.channels_last)
             loss = F.cross_entropy(net(x), labels[rows].to(x.device))
-            if not loss.isfinite(): raise FloatingPointError(f'fine-tuning: epoch {epoch + 1}: the loss is {loss.item()}; a lower lr may help')
+            if not loss.isfinite():
+                raise FloatingPointError(f'fine-tuning: epoch {epoch + 1}: the loss is {loss.item()}; a lower lr may help')
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

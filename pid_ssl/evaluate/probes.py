@@ -41,13 +41,17 @@ def calibrate_batchnorm(encoder: nn.Module,   # changed in place
     Every batch counts the same, a shorter last one too, unless it is a single image, which has no spread and is skipped."""
     norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     saved = [m.momentum for m in norms]
-    for m in norms: m.reset_running_stats(); m.momentum = None  # None: cumulative average
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # None: cumulative average
     mode = encoder.training
     encoder.train()
     for b in images.split(batch_size):
-        if len(b) > 1: encoder(views.clean(b.to(views.mean.device)))
+        if len(b) > 1:
+            encoder(views.clean(b.to(views.mean.device)))
     encoder.train(mode)
-    for m, momentum in zip(norms, saved): m.momentum = momentum
+    for m, momentum in zip(norms, saved):
+        m.momentum = momentum
     return encoder
 
 # %% ../../nbs/evaluate/61_probes.ipynb #7abdf8ba
@@ -60,7 +64,8 @@ def check_labels(labels: dict,              # split -> (n,) integers
         y = np.asarray(y)
         if len(y) and (y.min() < 0 or classes is not None and y.max() >= classes):
             raise DataError(f"labels: {split} has values from {y.min()} to {y.max()}; accepted: " + (f'0 to {classes - 1}, the {classes} classes' if classes else 'integers from 0'))
-    if several in labels and len(seen := np.unique(labels[several])) < 2: raise DataError(f"labels: {several} has the class {', '.join(map(str, seen))} only; accepted: at least two classes")
+    if several in labels and len(seen := np.unique(labels[several])) < 2:
+        raise DataError(f"labels: {several} has the class {', '.join(map(str, seen))} only; accepted: at least two classes")
 
 # %% ../../nbs/evaluate/61_probes.ipynb #e12c3fe6
 L2_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.)  # inverse strength C per 10,000 images, a decade apart; every record keeps the one chosen
@@ -84,7 +89,8 @@ def linear_probe(features: dict,          # 'train', 'val' and the evaluation sp
             warnings.simplefilter('ignore')  # an unfinished fit is judged by its validation accuracy
             model.fit(x['train'], labels['train'])
         val = model.score(x['val'], labels['val'])
-        if val > best[0]: best = val, c, model.score(x[split], labels[split])
+        if val > best[0]:
+            best = val, c, model.score(x[split], labels[split])
     return {'accuracy': 100*best[2], 'C': best[1]}
 
 # %% ../../nbs/evaluate/61_probes.ipynb #24035918
@@ -123,12 +129,16 @@ def knn_accuracy(train: torch.Tensor,        # (n, f) features
                 ) -> float:                  # percent
     """kNN accuracy: majority vote by distance (W-MSE protocol), or weighted vote by cosine (Wu et al. 2018).
     Among classes with equally many votes by distance, the one whose neighbours have the smaller sum of ranks wins; equal distances come in no particular order."""
-    if not 0 < k <= len(train): raise ValueError(f"k: got {k}; accepted: 1 to {len(train)}, the number of training features")
-    if metric not in ('euclidean', 'cosine'): raise ValueError(f"metric: got {metric!r}; accepted: euclidean, cosine")
+    if not 0 < k <= len(train):
+        raise ValueError(f"k: got {k}; accepted: 1 to {len(train)}, the number of training features")
+    if metric not in ('euclidean', 'cosine'):
+        raise ValueError(f"metric: got {metric!r}; accepted: euclidean, cosine")
     classes = int(train_labels.max()) + 1
-    if metric == 'cosine': train, query = F.normalize(train), F.normalize(query)
+    if metric == 'cosine':
+        train, query = F.normalize(train), F.normalize(query)
     # cdist works with products in float32: features far from the origin would lose the digits that tell them apart
-    elif (centre := train.mean(0)).norm() > 10*(train - centre).norm(dim=1).mean(): train, query = train - centre, query - centre
+    elif (centre := train.mean(0)).norm() > 10*(train - centre).norm(dim=1).mean():
+        train, query = train - centre, query - centre
     right = 0
     step = min(1000, max(1, 50_000_000//len(train)))  # distances of that many queries, 200 MB at most
     for q, y in zip(query.split(step), query_labels.split(step)):

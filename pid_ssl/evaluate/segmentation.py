@@ -21,10 +21,12 @@ def confusion_matrix(predicted: torch.Tensor, # (n, h, w) uint8
                      classes: int,            # values from here on are unlabelled in masks
                     ) -> torch.Tensor:        # (classes, classes) int64: true, predicted
     "Counts of pixels by true and predicted class; raises `ValueError` when the two do not fit each other."
-    if predicted.shape != masks.shape: raise ValueError(f"predicted: got shape {tuple(predicted.shape)}; accepted: {tuple(masks.shape)}, that of the masks")
+    if predicted.shape != masks.shape:
+        raise ValueError(f"predicted: got shape {tuple(predicted.shape)}; accepted: {tuple(masks.shape)}, that of the masks")
     keep = masks < classes
     true, found = masks[keep].long(), predicted[keep].long()
-    if len(found) and int(found.max()) >= classes: raise ValueError(f"predicted: got class {int(found.max())}; accepted: 0 to {classes - 1}")
+    if len(found) and int(found.max()) >= classes:
+        raise ValueError(f"predicted: got class {int(found.max())}; accepted: 0 to {classes - 1}")
     return torch.bincount(true*classes + found, minlength=classes**2).view(classes, classes)
 
 def iou(confusion: torch.Tensor, # (..., classes, classes) counts
@@ -68,7 +70,8 @@ def _cached(encoder, images, views):
 
 @torch.no_grad()
 def _predict(encoder, head, images, views):
-    encoder.eval(); head.eval()
+    encoder.eval()
+    head.eval()
     return torch.cat([head(feature_maps(encoder, views.clean(b.to(views.mean.device))), b.shape[-2:]).argmax(1).byte().cpu() for b in images.split(_BATCH)])
 
 def _crops(images, masks, generator):
@@ -99,11 +102,13 @@ def segmentation(encoder: nn.Module,               # not changed; the work is do
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = SegmentationHead(channels, data.classes)
-    for part in (encoder, head): part.to(views.mean.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
+    for part in (encoder, head):
+        part.to(views.mean.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
     if mode == 'frozen':
         encoder.requires_grad_(False)
         maps = _cached(encoder, images, views)
-        def loss(rows): return _cross_entropy(head([m[rows].float() for m in maps], size), masks[rows], data.classes)
+        def loss(rows):
+            return _cross_entropy(head([m[rows].float() for m in maps], size), masks[rows], data.classes)
         fit(head, loss, len(images), epochs, lr, _BATCH, generator)
     else:
         encoder.train()
@@ -137,8 +142,10 @@ def stretches(sequences: list,  # the sequence of each frame, in order
     "Cut sequences into stretches of consecutive frames."
     out, now, run = [], -1, 0
     for i, s in enumerate(sequences):
-        if i == 0 or s != sequences[i - 1] or run == length: now, run = now + 1, 0
-        out.append(now); run += 1
+        if i == 0 or s != sequences[i - 1] or run == length:
+            now, run = now + 1, 0
+        out.append(now)
+        run += 1
     return torch.tensor(out)
 
 def segmentation_interval(a: dict,                # predictions of one encoder

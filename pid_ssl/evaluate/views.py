@@ -31,8 +31,10 @@ def view_features(encoder: nn.Module,    # maps (n, c, h, w) to (n, f)
 
 def _two_views(encoder, images, views):
     h1, h2 = view_features(encoder, images, views)
-    if len(h1) > 1 and (h1 == h1[0]).all(): raise ValueError(f'encoder: its features are the same for all {len(h1)} images; accepted: one that has not collapsed')
-    if torch.equal(h1, h2): raise ValueError('views: two views of an image are the same; accepted: a policy that changes images')
+    if len(h1) > 1 and (h1 == h1[0]).all():
+        raise ValueError(f'encoder: its features are the same for all {len(h1)} images; accepted: one that has not collapsed')
+    if torch.equal(h1, h2):
+        raise ValueError('views: two views of an image are the same; accepted: a policy that changes images')
     return h1, h2
 
 # %% ../../nbs/evaluate/66_views.ipynb #0f5bad74
@@ -68,9 +70,11 @@ def label_pid(h1: torch.Tensor,        # (n, f) features of view 1
               seed: int = 0,           # of k-means, halves, shuffles and resamples
              ) -> dict:                # name of `NAMES` -> estimate, low, high, null_mean, null_95, plain: bits
     "BROJA of two views about the labels, extrapolated from halves of the images, beside its permutation null."
-    if permutations < 20: raise ValueError(f'permutations: got {permutations}; accepted: 20 and more, for a 95th percentile')
+    if permutations < 20:
+        raise ValueError(f'permutations: got {permutations}; accepted: 20 and more, for a 95th percentile')
     n, g = len(labels), torch.Generator().manual_seed(seed)
-    if n < 8: raise ValueError(f'labels: got {n}; accepted: at least 8 images')
+    if n < 8:
+        raise ValueError(f'labels: got {n}; accepted: at least 8 images')
     c1, c2 = quantise(h1, codes, seed), quantise(h2, codes, seed)
     def read(i, y):
         atoms, whole = count_pid(c1[i], c2[i], y[..., i], 'broja', 2)
@@ -88,7 +92,8 @@ def label_pid(h1: torch.Tensor,        # (n, f) features of view 1
 def _target_pid(h1, h2, t, components):
     h1, h2, t = (h.double() for h in (h1, h2, t))
     most = min(t.shape[1], (len(t) - 1)//6)
-    if not 1 <= components <= most: raise ValueError(f'components: got {components}; accepted: 1 to {most}, with {len(t)} images of {t.shape[1]} features')
+    if not 1 <= components <= most:
+        raise ValueError(f'components: got {components}; accepted: 1 to {most}, with {len(t)} images of {t.shape[1]} features')
     mean, std = t.mean(0), t.std(0).clamp(min=1e-8)
     value, vector = torch.linalg.eigh(((t - mean)/std).T.cov())
     z1, z2, t = (((h - mean)/std) @ vector[:, -components:] for h in (h1, h2, t))

@@ -58,8 +58,10 @@ class ControlledConfig:
     force: bool = _f(False, 'run again although a finished record exists', changes_result=False)
 
     def __post_init__(self):
-        for f in dataclasses.fields(self): object.__setattr__(self, f.name, _check(f, getattr(self, f.name)))
-        if self.arm == 'wmse' and self.batch_size < 2*self.dim: raise ConfigError('batch_size', self.batch_size, f'from {2*self.dim} with arm wmse, twice dim')
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _check(f, getattr(self, f.name)))
+        if self.arm == 'wmse' and self.batch_size < 2*self.dim:
+            raise ConfigError('batch_size', self.batch_size, f'from {2*self.dim} with arm wmse, twice dim')
 
 def controlled_config(given: dict, # field names and values
                      ) -> ControlledConfig:
@@ -96,12 +98,18 @@ class Arm(nn.Module):
         self.missing = nn.Parameter(torch.zeros(2, c.fusion))
         self.head = build_projector(c.fusion, c.fusion, c.dim)
         self.projectors = nn.ModuleList(build_projector(features, 2*features, c.dim) for _ in range(2))
-        if c.arm == 'pid_pairing': self.match = nn.Linear(c.fusion, 1, bias=False)
-        if c.arm == 'supervised': self.classify = nn.ModuleList(nn.Linear(features, 30) for _ in range(2))
-        if c.arm == 'barlow': self.loss = BarlowTwins(c.lambda_param)
-        if c.arm == 'wmse': self.loss = WMSE(2*c.dim)
-        if c.arm in ('pid_coordinate', 'pid_gaussian'): self.loss = PIDLoss(c.beta, c.arm[4:], decorrelation=c.decorrelation)
-        if c.arm == 'pid_infonce': self.loss = PIDLoss(c.beta, 'infonce', decorrelation=0., dim=c.dim)
+        if c.arm == 'pid_pairing':
+            self.match = nn.Linear(c.fusion, 1, bias=False)
+        if c.arm == 'supervised':
+            self.classify = nn.ModuleList(nn.Linear(features, 30) for _ in range(2))
+        if c.arm == 'barlow':
+            self.loss = BarlowTwins(c.lambda_param)
+        if c.arm == 'wmse':
+            self.loss = WMSE(2*c.dim)
+        if c.arm in ('pid_coordinate', 'pid_gaussian'):
+            self.loss = PIDLoss(c.beta, c.arm[4:], decorrelation=c.decorrelation)
+        if c.arm == 'pid_infonce':
+            self.loss = PIDLoss(c.beta, 'infonce', decorrelation=0., dim=c.dim)
 
     @property
     def fuses(self) -> bool: # else `fused` is an untrained layer
@@ -135,12 +143,14 @@ class Arm(nn.Module):
         if c.arm == 'supervised':
             loss = sum(F.cross_entropy(f(h).view(-1, 3, 10).transpose(1, 2), y.repeat(2, 1)) for f, h, y in zip(self.classify, (h1, h2), labels))
             return loss, {}
-        if c.arm in ('comm', 'pid_pairing'): return self._contrast(h1, h2)
+        if c.arm in ('comm', 'pid_pairing'):
+            return self._contrast(h1, h2)
         (a1, b1), (a2, b2) = (p(h).chunk(2) for p, h in zip(self.projectors, (h1, h2)))
         if c.arm == 'clip':
             i = (bound(a1, a2, c.temperature) + bound(b1, b2, c.temperature))/2
             return -i, dict(contrast=i)
-        if c.arm in ('barlow', 'wmse'): loss = (self.loss(a1, a2) + self.loss(b1, b2))/2
+        if c.arm in ('barlow', 'wmse'):
+            loss = (self.loss(a1, a2) + self.loss(b1, b2))/2
         else:
             k = c.dim//2
             loss = (self.loss(a1, a2, torch.cat([b1[:, :k], b2[:, k:]], 1)) + self.loss(b1, b2, torch.cat([a1[:, :k], a2[:, k:]], 1)))/2
@@ -151,7 +161,8 @@ class Arm(nn.Module):
         both, one, two = (self.head(F.relu(m)).chunk(2) for m in (m1 + m2, m1 + self.missing[1], m2 + self.missing[0]))
         i12 = bound(*both, c.temperature)
         i1, i2 = ((bound(z[0], both[1], c.temperature) + bound(z[1], both[0], c.temperature))/2 for z in (one, two))
-        if c.arm == 'comm': return -(i12 + i1 + i2), dict(i1=i1, i2=i2, i12=i12)
+        if c.arm == 'comm':
+            return -(i12 + i1 + i2), dict(i1=i1, i2=i2, i12=i12)
         # image 1 in one augmentation, all candidates in the other: (n, n) scores from the fusion layer
         scores = self.match(F.relu(m1.chunk(2)[0].unsqueeze(1) + m2.chunk(2)[1]))[..., 0] if c.pairing_weight else torch.zeros(2, 2)
         synergy = (infonce(scores).mean() + infonce(scores.T).mean()).float()/2
@@ -183,9 +194,11 @@ def probes(arm: Arm,          # trained or not
         read = {'concat': concat} | ({'fused': {s: arm.fused(*h) for s, h in view.items()}} if arm.fuses else {})
         for q in questions:
             y = {s: a[q] for s, a in answers.items()}
-            for k, x in read.items(): out[f'{prefix}test_{q}_linear_{k}'] = linear_probe(x, y)['accuracy']
+            for k, x in read.items():
+                out[f'{prefix}test_{q}_linear_{k}'] = linear_probe(x, y)['accuracy']
             out[f'{prefix}test_{q}_mlp_concat'] = mlp_probe(concat, y, steps=PROBE_STEPS)
-            if q == 'S': out |= {f'{prefix}test_S_mlp_view{i + 1}': mlp_probe({s: h[i] for s, h in view.items()}, y, steps=PROBE_STEPS) for i in range(2)}
+            if q == 'S':
+                out |= {f'{prefix}test_S_mlp_view{i + 1}': mlp_probe({s: h[i] for s, h in view.items()}, y, steps=PROBE_STEPS) for i in range(2)}
         if audit:
             i, j = data.pairs('test', AUDIT_PAIRS, pairing, g)
             for q in questions:
@@ -216,20 +229,23 @@ def run_controlled(config: ControlledConfig, # what to run
     views = ViewMaker('none', train.mean((0, 2, 3)), train.std((0, 2, 3)), c.seed)
     views.policy = POLICY
     model = Arm(c)
-    for f in model.encoders: f.to(memory_format=torch.channels_last)
+    for f in model.encoders:
+        f.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay)
     i, j = data.pairs('train', c.steps*c.batch_size, c.pairing, torch.Generator().manual_seed(c.seed))
     history, log, every = [], [], max(1, c.steps//20)
     view = lambda rows: torch.cat([views(data.images[rows]) for _ in range(2)]).contiguous(memory_format=torch.channels_last)
     print(f'run {rid}: {c.arm}, {c.pairing} pairs, seed {c.seed}, {c.steps} steps', flush=True)
     for step in range(c.steps):
-        for group in optimizer.param_groups: group['lr'] = learning_rate(step, c.steps, c.lr, c.warmup)
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(step, c.steps, c.lr, c.warmup)
         rows = slice(step*c.batch_size, (step + 1)*c.batch_size)
         with warnings.catch_warnings():
             # two modalities are not two draws of one policy: PIDLoss says so, and here it is meant
             warnings.filterwarnings('ignore', message='.*do not predict the target equally well')
             loss, terms = model(model.encoders[0](view(i[rows])), model.encoders[1](view(j[rows])), (data.labels[i[rows]], data.labels[j[rows]]))
-        if not loss.isfinite(): raise NonFiniteLoss(f'{c.arm}: step {step + 1}: loss is {loss.item()}; a lower lr or a longer warmup may help')
+        if not loss.isfinite():
+            raise NonFiniteLoss(f'{c.arm}: step {step + 1}: loss is {loss.item()}; a lower lr or a longer warmup may help')
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -241,7 +257,8 @@ def run_controlled(config: ControlledConfig, # what to run
     trained = time.perf_counter() - start
     metrics = probes(model, data, views)
     control = Arm(c)
-    for f in control.encoders: calibrate_batchnorm(f, data.images[data.rows('train')[::4]], views)
+    for f in control.encoders:
+        calibrate_batchnorm(f, data.images[data.rows('train')[::4]], views)
     metrics |= probes(control, data, views, 'control_', audit=False)
     about |= dict(dataset_note=f'bimodal Trifeature, our drawing, {c.image_size} px', train_seconds=round(trained, 2), wall_seconds=round(time.perf_counter() - start, 2),
                   cpu_seconds=round(time.process_time(), 2), image_passes=c.steps*c.batch_size*4*3, peak_memory_bytes=peak_memory('cpu'))
@@ -260,10 +277,18 @@ def load_controlled(folder: str | Path | None = None, # default the project's da
 def main(argv: list | None = None, # default the process's arguments
         ) -> int:                  # exit status: 0; 2 bad input, 3 not finite, 4 not writable
     "The command line; what goes wrong is one line on standard error."
-    try: run_controlled(read_args(argv, ControlledConfig, 'python -m pid_ssl.experiments.controlled', 'Train, probe and record one arm.'))
-    except (ConfigError, RecordError) as e: print(f'error: {e}', file=sys.stderr); return 2
-    except NonFiniteLoss as e: print(f'error: {e}', file=sys.stderr); return 3
-    except StorageError as e: print(f'error: {e}', file=sys.stderr); return 4
+    try:
+        run_controlled(read_args(argv, ControlledConfig, 'python -m pid_ssl.experiments.controlled', 'Train, probe and record one arm.'))
+    except (ConfigError, RecordError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2
+    except NonFiniteLoss as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 3
+    except StorageError as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 4
     return 0
 
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())  # not in a notebook

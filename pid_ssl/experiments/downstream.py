@@ -66,19 +66,22 @@ class DownstreamConfig:
     force: bool = _f(False, 'measure again although a finished record exists', changes_result=False)
 
     def __post_init__(self):
-        for f in dataclasses.fields(self): object.__setattr__(self, f.name, _check(f, getattr(self, f.name)))
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _check(f, getattr(self, f.name)))
 
 def downstream_config(given: dict, # field names and values
                      ) -> DownstreamConfig:
     "A configuration from names and values; raises `ConfigError` on an unknown name or a value out of range."
     return from_dict(given, DownstreamConfig)
 
-def _reads(config, f): return config.task in (f.metadata['losses'] or TASK_NAMES)
+def _reads(config, f):
+    return config.task in (f.metadata['losses'] or TASK_NAMES)
 
 # %% ../../nbs/experiments/75_downstream.ipynb #180fc634
 FINETUNE = {'few': dict(epochs=30, lr=3e-3, encoder_lr=3e-4), 'many': dict(epochs=20, lr=3e-3, encoder_lr=3e-3)}  # up to 2,000 labelled images, and more
 
-def _named_policy(dataset): return POLICIES_BY_DATASET.get(dataset, 'cifar')
+def _named_policy(dataset):
+    return POLICIES_BY_DATASET.get(dataset, 'cifar')
 
 def resolve_downstream(config: DownstreamConfig, # validated
                        pretrained: dict,         # config of the pretraining run
@@ -86,14 +89,18 @@ def resolve_downstream(config: DownstreamConfig, # validated
                       ) -> DownstreamConfig:     # no field that the task reads is open, but for `train_size`
     "Fill in what the run and the task decide; raises `ConfigError`."
     own, c = pretrained['dataset'], config
-    if c.task == 'transfer' and c.dataset in ('auto', own): raise ConfigError('dataset', c.dataset, f'with task transfer another dataset than {own}, which the run was pretrained on; task classify measures on that')
+    if c.task == 'transfer' and c.dataset in ('auto', own):
+        raise ConfigError('dataset', c.dataset, f'with task transfer another dataset than {own}, which the run was pretrained on; task classify measures on that')
     if c.task in DENSE:
-        if c.weights == 'pixels': raise ConfigError('weights', c.weights, f'pretrained or untrained with task {c.task}, which reads maps')
+        if c.weights == 'pixels':
+            raise ConfigError('weights', c.weights, f'pretrained or untrained with task {c.task}, which reads maps')
         chosen = DETECTION_DEFAULTS if c.task == 'detection' else SEGMENTATION_DEFAULTS['finetuned' if c.task.endswith('finetuned') else 'frozen']
         return dataclasses.replace(c, dataset=DENSE[c.task] if c.dataset == 'auto' else c.dataset, **{k: v for k, v in chosen.items() if getattr(c, k) is None})
     filled = dict(dataset=own if c.dataset == 'auto' else c.dataset, image_size=c.image_size or pretrained['image_size'])
-    if c.policy == 'auto' and c.task in TUNED + TWO_VIEW: filled['policy'] = pretrained['policy'] if c.task in TWO_VIEW or filled['dataset'] == own else _named_policy(filled['dataset'])
-    if c.task in TUNED: filled |= {k: v for k, v in FINETUNE['few' if images <= 2000 else 'many'].items() if getattr(c, k) is None}
+    if c.policy == 'auto' and c.task in TUNED + TWO_VIEW:
+        filled['policy'] = pretrained['policy'] if c.task in TWO_VIEW or filled['dataset'] == own else _named_policy(filled['dataset'])
+    if c.task in TUNED:
+        filled |= {k: v for k, v in FINETUNE['few' if images <= 2000 else 'many'].items() if getattr(c, k) is None}
     return dataclasses.replace(c, **filled)
 
 # %% ../../nbs/experiments/75_downstream.ipynb #fbf2a9e7
@@ -118,19 +125,25 @@ class Measured:
 
 def _load(config, name, image_size, train_size):
     cache = home_folder(config)/'data'/'cache'
-    with writing(cache): return load_dataset(name, image_size, train_size, config.data_dir, data_memory=config.data_memory, cache_dir=cache)
+    with writing(cache):
+        return load_dataset(name, image_size, train_size, config.data_dir, data_memory=config.data_memory, cache_dir=cache)
 
 def load_measured(config: DownstreamConfig, # its run, weights, home and data_dir count
                   device: str = 'cpu',      # where the encoder goes
                  ) -> tuple:                # encoder, pretraining `Dataset`, config of the run, description for the record
     "The encoder that a measurement asks for; raises `CheckpointError`, `ConfigError`, `DataError`, `StorageError`."
-    if not config.run: raise ConfigError('run', config.run, 'the id of a pretraining run, 16 hexadecimal digits')
-    try: folder = checkpoint_folder(config, config.run)/'final'
-    except ConfigError as e: raise ConfigError('run', config.run, e.accepted) from None
-    if not (folder/'header.json').exists(): raise CheckpointError(f'{folder}: no checkpoint of run {config.run} there; accepted: a finished run (pretrain it again with its config, or set home to the folder whose data/checkpoints has it)')
+    if not config.run:
+        raise ConfigError('run', config.run, 'the id of a pretraining run, 16 hexadecimal digits')
+    try:
+        folder = checkpoint_folder(config, config.run)/'final'
+    except ConfigError as e:
+        raise ConfigError('run', config.run, e.accepted) from None
+    if not (folder/'header.json').exists():
+        raise CheckpointError(f'{folder}: no checkpoint of run {config.run} there; accepted: a finished run (pretrain it again with its config, or set home to the folder whose data/checkpoints has it)')
     encoder, run = load_encoder(folder)
     lacks = [k for k in ('dataset', 'train_size', 'seed', 'policy') if run.get(k) is None]
-    if lacks: raise CheckpointError(f"{folder/'header.json'}: config without {', '.join(lacks)}; accepted: the checkpoint of a run of this package")
+    if lacks:
+        raise CheckpointError(f"{folder/'header.json'}: config without {', '.join(lacks)}; accepted: the checkpoint of a run of this package")
     data = _load(config, run['dataset'], run['image_size'], run['train_size'])
     channels = data.images['train'].shape[1]
     about = dict(run=config.run, weights=config.weights, dataset=run['dataset'], dataset_hash=data.content_hash, train_size=run['train_size'],
@@ -141,15 +154,20 @@ def load_measured(config: DownstreamConfig, # its run, weights, home and data_di
         torch.manual_seed(run['seed'])
         encoder = build_encoder(run['encoder'], run['image_size'], channels, run['width'])
         about |= dict(seed=run['seed'], epochs=0)
-    else: encoder = nn.Flatten(); about = dict(run=config.run, weights=config.weights)
+    else:
+        encoder = nn.Flatten()
+        about = dict(run=config.run, weights=config.weights)
     encoder = encoder.to(device, memory_format=torch.channels_last)
-    if config.weights == 'untrained': calibrate_batchnorm(encoder, data.images['train'], ViewMaker('none', data.mean, data.std, device=device))
+    if config.weights == 'untrained':
+        calibrate_batchnorm(encoder, data.images['train'], ViewMaker('none', data.mean, data.std, device=device))
     return encoder.eval(), data, run, about
 
 # %% ../../nbs/experiments/75_downstream.ipynb #9abecb32
-def _frozen(m): return evaluate_encoder(m.encoder, m.dataset, m.views(), m.config.eval_on)
+def _frozen(m):
+    return evaluate_encoder(m.encoder, m.dataset, m.views(), m.config.eval_on)
 
-def _light(m): return m.views(light_policy(POLICIES[m.config.policy]), m.config.seed)
+def _light(m):
+    return m.views(light_policy(POLICIES[m.config.policy]), m.config.seed)
 
 def _finetune(m):
     c = m.config
@@ -159,36 +177,44 @@ def _low_label(m):
     c = m.config
     return low_label(m.encoder, m.dataset, _light(m), c.fraction, c.draws, c.eval_on, c.epochs, c.lr, c.encoder_lr, c.batch_size, c.seed)
 
-def _two_view(m): return two_view_readout(m.encoder, m.dataset, m.views(m.config.policy, AUDIT_SEED), m.config.eval_on)
+def _two_view(m):
+    return two_view_readout(m.encoder, m.dataset, m.views(m.config.policy, AUDIT_SEED), m.config.eval_on)
 
 def _audit(m):
     c = m.config
     return audit_encoder(m.encoder, m.dataset, m.views(c.policy, AUDIT_SEED), c.eval_on, c.codes, c.components, c.permutations, c.replicates, c.seed)
 
-def _control(m): return untrained_control(m.encoder, m.dataset) if m.config.weights == 'untrained' else m.encoder
+def _control(m):
+    return untrained_control(m.encoder, m.dataset) if m.config.weights == 'untrained' else m.encoder
 
 def _segmentation(m):
     c = m.config
     return segmentation(_control(m), m.dataset, 'finetuned' if c.task.endswith('finetuned') else 'frozen', c.epochs, c.lr, c.seed, c.eval_on)[0]
 
-def _detection(m): return detection(_control(m), m.dataset, 'finetuned', m.config.epochs, m.config.lr, m.config.seed, m.config.eval_on)[0]
+def _detection(m):
+    return detection(_control(m), m.dataset, 'finetuned', m.config.epochs, m.config.lr, m.config.seed, m.config.eval_on)[0]
 
 def _load_detection(config):
     # before the training, not after it
-    if importlib.util.find_spec('pycocotools') is None: raise ConfigError('task', config.task, 'another task, or this one after pip install "pid_ssl[detection]"')
+    if importlib.util.find_spec('pycocotools') is None:
+        raise ConfigError('task', config.task, 'another task, or this one after pip install "pid_ssl[detection]"')
     return load_detection(config.dataset, config.data_dir)
 
-def _load_segmentation(config): return load_segmentation(config.dataset, config.data_dir)
+def _load_segmentation(config):
+    return load_segmentation(config.dataset, config.data_dir)
 
 def load_labelled(config: DownstreamConfig, # resolved
                   size: int = 0,            # training images where `train_size` is open
                  ) -> Dataset:              # all training images for low_label
     "The dataset that is measured on; takes all training images where there are fewer than `size`."
     read = lambda n: _load(config, config.dataset, config.image_size, n)
-    if config.task == 'low_label' or config.train_size is not None: return read(0 if config.task == 'low_label' else config.train_size)
-    try: return read(size)
+    if config.task == 'low_label' or config.train_size is not None:
+        return read(0 if config.task == 'low_label' else config.train_size)
+    try:
+        return read(size)
     except ConfigError as e:
-        if e.name != 'train_size' or len((every := read(0)).labels['train']) >= size: raise  # fewer than classes
+        if e.name != 'train_size' or len((every := read(0)).labels['train']) >= size:
+            raise  # fewer than classes
         return every
 
 TASKS = {'classify': _frozen, 'transfer': _frozen, 'low_label': _low_label, 'finetune': _finetune, 'two_view': _two_view, 'audit': _audit,
@@ -203,7 +229,8 @@ def downstream_id(config: DownstreamConfig, # resolved
                  ) -> str:                  # 16 hexadecimal digits
     "Hash of what changes the result."
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata['changes_result'] and f.name not in ('run', 'weights') and _reads(config, f)}
-    if config.task in TUNED and config.policy in ('auto', _named_policy(config.dataset)): del fields['policy']  # as in records from before fine-tuning read it
+    if config.task in TUNED and config.policy in ('auto', _named_policy(config.dataset)):
+        del fields['policy']  # as in records from before fine-tuning read it
     told = ('run', 'loss', 'beta', 'estimator')  # for the reader: the weights say it all
     return digest({'experiment': 'downstream', **fields, 'content': dataset_hash, 'encoder': {k: v for k, v in about.items() if k not in told}, 'device': device})
 
@@ -216,7 +243,8 @@ def run_downstream(config: DownstreamConfig, # what to measure
                   ) -> RunRecord:            # finished
     "Measure one encoder on one task and write the record. Raises `ConfigError`, `CheckpointError`, `DataError`, `RecordError`, `FloatingPointError`, `StorageError`."
     for f in dataclasses.fields(config):
-        if not _reads(config, f) and getattr(config, f.name) != f.default: warnings.warn(f'{f.name} = {getattr(config, f.name)!r} has no effect: task {config.task!r} does not read it')
+        if not _reads(config, f) and getattr(config, f.name) != f.default:
+            warnings.warn(f'{f.name} = {getattr(config, f.name)!r} has no effect: task {config.task!r} does not read it')
     start, device = time.perf_counter(), device_class(config)
     torch.set_num_threads(config.threads or default_threads())
     encoder, pretraining, run, about = load_measured(config, device)
@@ -224,17 +252,20 @@ def run_downstream(config: DownstreamConfig, # what to measure
     same = c.dataset == pretraining.name and c.image_size == run['image_size'] and c.train_size in (None, run['train_size']) and c.task != 'low_label'
     dataset = LOADERS[c.task](c) if c.task in LOADERS else pretraining if same else load_labelled(c, run['train_size'])
     for data in (pretraining, dataset):
-        if strange := other_data(dataclasses.replace(c, dataset=data.name), data.content_hash): warnings.warn(strange)
+        if strange := other_data(dataclasses.replace(c, dataset=data.name), data.content_hash):
+            warnings.warn(strange)
     images = len(dataset.images['train'])
     c = resolve_downstream(config, run, round(c.fraction*images) if c.task == 'low_label' else images)
-    if c.train_size is None and c.task != 'low_label' and c.task not in DENSE: c = dataclasses.replace(c, train_size=images if run['train_size'] == images else 0)
+    if c.train_size is None and c.task != 'low_label' and c.task not in DENSE:
+        c = dataclasses.replace(c, train_size=images if run['train_size'] == images else 0)
     rid = downstream_id(c, dataset.content_hash, about, device)
     path = downstream_folder(c)/f'{rid}.json'
     if path.exists() and not c.force:
         print(f'record {rid} is there: {path} (force=True measures again)')
         return load_record(path, downstream_config)
     have, want = dataset.images['train'].shape[1], pretraining.images['train'].shape[1]
-    if have != want: raise ConfigError('dataset', c.dataset, f'images of {want} channels, as the encoder of run {c.run} was pretrained on; these have {have}')
+    if have != want:
+        raise ConfigError('dataset', c.dataset, f'images of {want} channels, as the encoder of run {c.run} was pretrained on; these have {have}')
     mean, std = (torch.zeros(want), torch.ones(want)) if c.weights == 'pixels' else (pretraining.mean, pretraining.std)
     with writing(path.parent):  # a folder that takes no record is found out before the work
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,14 +301,21 @@ def main(argv: list | None = None, # default the process's arguments
         ) -> int:                  # exit status: 0; 2 bad input, 3 not finite, 4 not writable, 128 + signal when stopped
     "The command line; what goes wrong is one line on standard error."
     try:
-        with StopSignals(): run_downstream(downstream_args(argv))
+        with StopSignals():
+            run_downstream(downstream_args(argv))
         return 0
-    except FloatingPointError as e: error, status = e, 3
-    except StorageError as e: error, status = e, 4
-    except (ConfigError, DataError, RecordError, CheckpointError, ValueError) as e: error, status = e, 2
-    except RunInterrupted as e: print(e, file=sys.stderr); return 128 + e.signal
+    except FloatingPointError as e:
+        error, status = e, 3
+    except StorageError as e:
+        error, status = e, 4
+    except (ConfigError, DataError, RecordError, CheckpointError, ValueError) as e:
+        error, status = e, 2
+    except RunInterrupted as e:
+        print(e, file=sys.stderr)
+        return 128 + e.signal
     print(f'error: {error}', file=sys.stderr)
     return status
 
 # %% ../../nbs/experiments/75_downstream.ipynb #314f9b8f
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())  # not in a notebook

@@ -21,13 +21,17 @@ def build_optimizer(config: Config,        # resolved
     params, lr, decay = [p for p in parameters if p.requires_grad], config.lr, config.weight_decay
     groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=decay), dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)]
     fused = dict(fused=True) if device == 'cuda' else {}
-    if config.optimizer == 'adamw': return torch.optim.AdamW(groups, lr=lr, **fused)
-    if config.optimizer == 'sgd': return torch.optim.SGD(groups, lr=lr, momentum=0.9, **fused)
+    if config.optimizer == 'adamw':
+        return torch.optim.AdamW(groups, lr=lr, **fused)
+    if config.optimizer == 'sgd':
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, **fused)
     if config.optimizer == 'muon':
         matrices, groups[0]['params'] = [p for p in params if p.ndim == 2], [p for p in params if p.ndim > 2]
         return OptimizerPair(torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn='match_rms_adamw'), torch.optim.AdamW([g for g in groups if g['params']], lr=lr, **fused))
-    try: from timm.optim import Lars
-    except ImportError: raise ConfigError('optimizer', 'lars', 'adamw, sgd, muon; lars after pip install "pid_ssl[timm]"') from None
+    try:
+        from timm.optim import Lars
+    except ImportError:
+        raise ConfigError('optimizer', 'lars', 'adamw, sgd, muon; lars after pip install "pid_ssl[timm]"') from None
     return Lars(groups, lr=lr, momentum=0.9)
 
 class OptimizerPair:
@@ -46,11 +50,13 @@ class OptimizerPair:
                   set_to_none: bool = True, # as in torch
                  ) -> None:
         "Forget the gradients."
-        for part in self.parts: part.zero_grad(set_to_none)
+        for part in self.parts:
+            part.zero_grad(set_to_none)
 
     def step(self) -> None:
         "One step of each."
-        for part in self.parts: part.step()
+        for part in self.parts:
+            part.step()
 
     def state_dict(self) -> dict: # as torch's, parameters numbered through all parts
         "State of all parts."
@@ -90,7 +96,8 @@ class Batches:
                 ):           # generator of (n, c, h, w) uint8 on the device
         "The batches with these rows, in order."
         if self.where == 'device':
-            for r in rows: yield self.images[r.to(self.device, non_blocking=True)]
+            for r in rows:
+                yield self.images[r.to(self.device, non_blocking=True)]
             return
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(self._gather, rows[0]) if rows else None
@@ -98,7 +105,8 @@ class Batches:
                 batch, ahead = ahead.result(), pool.submit(self._gather, r) if r is not None else None
                 yield batch.to(self.device, non_blocking=True)
 
-    def _gather(self, rows): return self.images[rows].pin_memory() if self.device == 'cuda' else self.images[rows]
+    def _gather(self, rows):
+        return self.images[rows].pin_memory() if self.device == 'cuda' else self.images[rows]
 
 # %% ../../nbs/experiments/72_optim.ipynb #075193b7
 class Compiled:
@@ -113,10 +121,13 @@ class Compiled:
                  x: torch.Tensor,  # what the module takes
                 ) -> torch.Tensor: # what it returns
         "The module's output."
-        if self.forward is self.module: return self.module(x)
-        try: return self.forward(x)
+        if self.forward is self.module:
+            return self.module(x)
+        try:
+            return self.forward(x)
         except Exception as e:
-            if not type(e).__module__.startswith(('torch._dynamo', 'torch._inductor')): raise
+            if not type(e).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+                raise
             warnings.warn(f'torch.compile failed ({type(e).__name__}: {" ".join(str(e).split())[:200]}); going on without it')
             self.forward = self.module
             return self.module(x)

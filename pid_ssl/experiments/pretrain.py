@@ -14,7 +14,7 @@ from ..config import Config, ConfigError, from_dict, identity, read_args, resolv
 from ..data import DataError, ViewMaker, load_dataset
 from ..evaluate import calibrate_batchnorm, evaluate_encoder, pid_audit, raw_pixels
 from ..records import CheckpointError, StorageError, load_checkpoint, remove_checkpoint, save_checkpoint, writing
-from ..records import RecordError, RunLocked, RunRecord, checkpoint_folder, find_record, home_folder, lock_run, other_data, peak_memory, provenance, recorded_config, run_id, runs_folder
+from ..records import RecordError, RunLocked, RunRecord, checkpoint_folder, find_record, home_folder, lock_run, other_data, peak_memory, provenance, recorded_config, run_id, runs_folder, RunInterrupted, StopSignals
 from .processes import ProcessLost, check_processes, join_processes, leave_when_stuck
 from .training import NonFiniteLoss, Pretraining, build_embed, default_threads, device_class, learning_rate, synergy_strength
 
@@ -28,16 +28,20 @@ def save_state(state: Pretraining,   # between two steps
                'optimizer': {f'{i}.{k}': torch.as_tensor(v) for i, s in opt['state'].items() for k, v in s.items() if v is not None},
                'random': {'torch': torch.get_rng_state(), **{f'views.{k}': v for k, v in state.views.state().items()},
                           **({'cuda': torch.cuda.get_rng_state()} if state.device == 'cuda' else {})}}
-    if list(state.loss.state_dict()): tensors['loss'] = state.loss.state_dict()
-    if state.teacher is not None: tensors['teacher'] = state.teacher.state_dict()
+    if list(state.loss.state_dict()):
+        tensors['loss'] = state.loss.state_dict()
+    if state.teacher is not None:
+        tensors['teacher'] = state.teacher.state_dict()
     header = dict(config=dataclasses.asdict(c), source_hash=state.source, epoch=epoch, step=state.step, history=state.history,
                   log=[{k: v.item() for k, v in row.items()} for row in state.log])
     path = save_checkpoint(Path(folder)/f'epoch-{epoch:06d}', tensors, header)
     # damaged ones of later epochs, which were passed over, go too
-    for old in set(_checkpoints(folder)) - set([p for p in _checkpoints(folder) if p.name <= path.name][-2:]): remove_checkpoint(old)
+    for old in set(_checkpoints(folder)) - set([p for p in _checkpoints(folder) if p.name <= path.name][-2:]):
+        remove_checkpoint(old)
     return path
 
-def _checkpoints(folder): return sorted(p for p in Path(folder).glob('epoch-*') if p.name[6:].isdigit() and len(p.name) == 12)
+def _checkpoints(folder):
+    return sorted(p for p in Path(folder).glob('epoch-*') if p.name[6:].isdigit() and len(p.name) == 12)
 
 def load_state(state: Pretraining,  # freshly built from the same config
                folder: str | Path,  # of the run's checkpoints
@@ -45,18 +49,25 @@ def load_state(state: Pretraining,  # freshly built from the same config
     "Put a run back to its newest whole checkpoint, with a warning for each that is passed over; raises `CheckpointError` when none of them can be used."
     found, why = _checkpoints(folder)[::-1], []
     for path in found:
-        try: _restore(state, path, *load_checkpoint(path))
-        except CheckpointError as e: why.append(str(e)); warnings.warn(f'checkpoint passed over: {e}'); continue
+        try:
+            _restore(state, path, *load_checkpoint(path))
+        except CheckpointError as e:
+            why.append(str(e))
+            warnings.warn(f'checkpoint passed over: {e}')
+            continue
         return True
-    if found: raise CheckpointError(f"{folder}: none of {len(found)} checkpoints can be used ({'; '.join(why)}); move that folder away to start the run from the beginning")
+    if found:
+        raise CheckpointError(f"{folder}: none of {len(found)} checkpoints can be used ({'; '.join(why)}); move that folder away to start the run from the beginning")
     return False
 
 def _restore(state, path, tensors, header):
     _check_header(state, path/'header.json', header)
     parts = {'encoder': state.embed[0], 'projector': state.embed[1], **({'loss': state.loss} if list(state.loss.state_dict()) else {}),
              **({'teacher': state.teacher} if state.teacher is not None else {})}
-    if set(tensors) != {*parts, 'optimizer', 'random'}: raise CheckpointError(f"{path/'header.json'}: files {', '.join(sorted(tensors))}; accepted: {', '.join(sorted({*parts, 'optimizer', 'random'}))}")
-    for stem, module in parts.items(): _fits(path/f'{stem}.safetensors', tensors[stem], module.state_dict(), sized=stem != 'loss')
+    if set(tensors) != {*parts, 'optimizer', 'random'}:
+        raise CheckpointError(f"{path/'header.json'}: files {', '.join(sorted(tensors))}; accepted: {', '.join(sorted({*parts, 'optimizer', 'random'}))}")
+    for stem, module in parts.items():
+        _fits(path/f'{stem}.safetensors', tensors[stem], module.state_dict(), sized=stem != 'loss')
     opt, params = state.optimizer.state_dict(), [p for g in state.optimizer.param_groups for p in g['params']]
     wanted = {f'{i}.{k}': torch.tensor(0.) if k == 'step' else p for i, p in enumerate(params) for k in ('step', 'exp_avg', 'exp_avg_sq', 'momentum_buffer')}
     _fits(path/'optimizer.safetensors', tensors['optimizer'], {k: v for k, v in wanted.items() if k in tensors['optimizer']})
@@ -64,37 +75,47 @@ def _restore(state, path, tensors, header):
     now = {'torch': torch.get_rng_state(), **{f'views.{k}': v for k, v in state.views.state().items()}, **({'cuda': torch.cuda.get_rng_state()} if state.device == 'cuda' else {})}
     _fits(path/'random.safetensors', random, now)
     try:
-        for stem, module in parts.items(): module.load_state_dict(tensors[stem])
+        for stem, module in parts.items():
+            module.load_state_dict(tensors[stem])
         opt['state'] = {}
         for name, v in tensors['optimizer'].items():
             i, k = name.split('.', 1)
             opt['state'].setdefault(int(i), {})[k] = v
         state.optimizer.load_state_dict(opt)
         torch.set_rng_state(random['torch'])
-        if state.device == 'cuda': torch.cuda.set_rng_state(random['cuda'])
+        if state.device == 'cuda':
+            torch.cuda.set_rng_state(random['cuda'])
         state.views.load_state({k: random[f'views.{k}'] for k in ('device', 'host')})
-    except (RuntimeError, ValueError, KeyError, TypeError) as e: raise CheckpointError(f"{path}: cannot be put back ({str(e).splitlines()[0]})") from None
-    if header.get('source_hash') not in (None, state.source): print(f'note: {path} was written by another version of the source')
+    except (RuntimeError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{path}: cannot be put back ({str(e).splitlines()[0]})") from None
+    if header.get('source_hash') not in (None, state.source):
+        print(f'note: {path} was written by another version of the source')
     state.step, state.history = header['step'], header['history']
     state.log = [{k: torch.tensor(v, device=state.device) for k, v in row.items()} for row in header['log']]
 
 def _check_header(state, at, h):
     number = lambda v: type(v) in (int, float) and abs(v) < math.inf
     rows = lambda v: isinstance(v, list) and all(isinstance(r, dict) and r and all(map(number, r.values())) for r in v)
-    try: same = identity(from_dict(h.get('config'))) == identity(state.config)
-    except ConfigError as e: raise CheckpointError(f'{at}: config: {e}') from None
-    if not same: raise CheckpointError(f"{at}: config is that of another run; accepted: that of this one, {identity(state.config)}")
+    try:
+        same = identity(from_dict(h.get('config'))) == identity(state.config)
+    except ConfigError as e:
+        raise CheckpointError(f'{at}: config: {e}') from None
+    if not same:
+        raise CheckpointError(f"{at}: config is that of another run; accepted: that of this one, {identity(state.config)}")
     h.setdefault('log', [])  # absent before epochs could be stopped in the middle
     for name in ('history', 'log'):
-        if not rows(h.get(name)): raise CheckpointError(f'{at}: {name} is not a list of names and finite numbers; accepted: one an epoch, one a step')
+        if not rows(h.get(name)):
+            raise CheckpointError(f'{at}: {name} is not a list of names and finite numbers; accepted: one an epoch, one a step')
     epoch = int(at.parent.name[6:])
-    if h.get('epoch') != epoch or len(h['history']) != epoch: raise CheckpointError(f"{at}: epoch {h.get('epoch')!r} with a history of {len(h['history'])}; accepted: {epoch}, as the folder's name says")
+    if h.get('epoch') != epoch or len(h['history']) != epoch:
+        raise CheckpointError(f"{at}: epoch {h.get('epoch')!r} with a history of {len(h['history'])}; accepted: {epoch}, as the folder's name says")
     if h.get('step') != epoch*state.steps + len(h['log']) or len(h['log']) >= state.steps or epoch > state.config.epochs:
         raise CheckpointError(f"{at}: step {h.get('step')!r} with {len(h['log'])} steps logged; accepted: {epoch*state.steps} and none, or more after a stop inside an epoch")
 
 def _fits(at, given, wanted, sized=True):
     for name in [*wanted, *given]:
-        if name not in given or name not in wanted: raise CheckpointError(f"{at}: {name} is {'missing' if name not in given else 'unknown'}; accepted: the tensors of this config's model")
+        if name not in given or name not in wanted:
+            raise CheckpointError(f"{at}: {name} is {'missing' if name not in given else 'unknown'}; accepted: the tensors of this config's model")
         # running averages of a loss get their shape from the data
         if given[name].dtype != wanted[name].dtype or sized and given[name].shape != wanted[name].shape:
             raise CheckpointError(f"{at}: {name} is {given[name].dtype} {tuple(given[name].shape)}; accepted: {wanted[name].dtype} {tuple(wanted[name].shape)}")
@@ -108,24 +129,33 @@ def pretrain(config: Config, # validated
     """Pretrain, evaluate, record. Raises `ConfigError`, `DataError`, `RecordError`, `CheckpointError` (nothing usable is left), `RunLocked` or `StorageError` before any work;
     `NonFiniteLoss`, `StorageError`, `RunInterrupted` or `ProcessLost` (another process of this run ended) during it."""
     device = device_class(config)
-    for name in unread(config): warnings.warn(f"{name} = {getattr(config, name)!r} has no effect: loss {config.loss!r} does not read it")
+    for name in unread(config):
+        warnings.warn(f"{name} = {getattr(config, name)!r} has no effect: loss {config.loss!r} does not read it")
     config = resolve(config, device)
     check_processes(config, device)
     torch.set_num_threads(config.threads or default_threads())
-    with _algorithms(config.deterministic): return _pretrain(config, device)
+    with _algorithms(config.deterministic):
+        return _pretrain(config, device)
 
 @contextlib.contextmanager
 def _algorithms(deterministic):
-    if not deterministic: yield; return
+    if not deterministic:
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts; without it torch refuses to multiply matrices
-    torch.use_deterministic_algorithms(True); torch.backends.cudnn.benchmark = False
-    try: yield
-    finally: torch.use_deterministic_algorithms(before[0], warn_only=before[1]); torch.backends.cudnn.benchmark = before[2]
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = before[2]
 
 def _pretrain(config, device):
     cache = home_folder(config)/'data'/'cache'
-    with writing(cache): dataset = load_dataset(config.dataset, config.image_size, config.train_size, config.data_dir, config.download, config.data_memory, cache)
+    with writing(cache):
+        dataset = load_dataset(config.dataset, config.image_size, config.train_size, config.data_dir, config.download, config.data_memory, cache)
     if config.batch_size > len(dataset.pretraining):
         raise ConfigError('batch_size', config.batch_size, f"at most {len(dataset.pretraining)}, the training images of {config.dataset}")
     rid = run_id(config, dataset.content_hash, device)
@@ -136,33 +166,43 @@ def _pretrain(config, device):
         with group.lasting(lambda: 'nothing was begun'):
             group.agree(run_id=rid, source=about['source_hash'])
             with group.together():
-                if group.first: record = _finished(config, rid, about)
+                if group.first:
+                    record = _finished(config, rid, about)
                 if group.first and record is None:
-                    if strange := other_data(config, dataset.content_hash): warnings.warn(strange)
+                    if strange := other_data(config, dataset.content_hash):
+                        warnings.warn(strange)
                     held.enter_context(lock_run(config, rid))
                     record = _finished(config, rid, about, locked=True)  # by the process that held the lock until now
-            if group.largest(record is not None): return record
+            if group.largest(record is not None):
+                return record
         return _run(config, dataset, device, rid, about, stop, group)
 
 def _finished(config, rid, about, locked=False):
-    if config.force: return None
+    if config.force:
+        return None
     record, at = find_record(config, rid), runs_folder(config)/f'{rid}.json'
-    if record is None: return None
+    if record is None:
+        return None
     if record.status == 'failed':
-        if locked: print(f"run {rid} failed before ({record.provenance.get('failure', 'no reason given')}): trying again, its record {at} will be replaced")
+        if locked:
+            print(f"run {rid} failed before ({record.provenance.get('failure', 'no reason given')}): trying again, its record {at} will be replaced")
         return None
     print(f'run {rid} is finished: its record is {at} (force=True runs it again)')
-    if record.provenance.get('source_hash') != about['source_hash']: print('note: the record was made by another version of the source; it is not run again for that')
+    if record.provenance.get('source_hash') != about['source_hash']:
+        print('note: the record was made by another version of the source; it is not run again for that')
     # a process killed after it wrote the record may have left checkpoints; a read-only folder is no reason to complain here
     folder = checkpoint_folder(config, rid)
     if any(folder.glob('epoch-*')) or any(folder.glob('final.*')) or any(at.parent.glob(f'{rid}.tmp-*')):
         with contextlib.suppress(RunLocked, StorageError), lock_run(config, rid):
-            for old in folder.glob('epoch-*'): remove_checkpoint(old)
+            for old in folder.glob('epoch-*'):
+                remove_checkpoint(old)
     return record
 
 def _forced_before(path, source):
-    try: header = load_checkpoint(path)[1]
-    except CheckpointError: return False
+    try:
+        header = load_checkpoint(path)[1]
+    except CheckpointError:
+        return False
     return isinstance(header.get('config'), dict) and header['config'].get('force') is True and header.get('source_hash') == source
 
 def _run(config, dataset, device, rid, about, stop, group):
@@ -170,18 +210,23 @@ def _run(config, dataset, device, rid, about, stop, group):
     state = Pretraining(config, dataset, device, group)
     with group.together():
         for old in _checkpoints(folder) if config.force and group.first else []:
-            if not _forced_before(old, state.source): remove_checkpoint(old)
-    with group.together(): resumed = load_state(state, folder)
+            if not _forced_before(old, state.source):
+                remove_checkpoint(old)
+    with group.together():
+        resumed = load_state(state, folder)
     group.agree(step=state.step)
     audit_images = dataset.images['val'][:AUDIT_IMAGES]
     where = lambda: f'after epoch {len(state.history)}' + (f', step {len(state.log)}' if state.log else '')
-    if group.first: print(f"run {rid}: {config.loss} on {dataset.note}, {len(state.images)} images, {config.epochs} epochs, seed {config.seed}, {device}" + (f', {group.size} processes' if group.size > 1 else '') + (f', resumed {where()}' if resumed else ''), flush=True)
+    if group.first:
+        print(f"run {rid}: {config.loss} on {dataset.note}, {len(state.images)} images, {config.epochs} epochs, seed {config.seed}, {device}" + (f', {group.size} processes' if group.size > 1 else '') + (f', resumed {where()}' if resumed else ''), flush=True)
     saved = lambda: f'run {rid} is saved {where()} of {config.epochs} in {folder}; the same call goes on there'
-    if resumed: stop.message = saved()
+    if resumed:
+        stop.message = saved()
     def asked():
         # all processes stop at the same step, whichever of them the signal reached
         number = group.largest(stop.number or 0)
-        if number: stop.number = number
+        if number:
+            stop.number = number
         return bool(number)
     seconds, first, made = 0., len(state.history), state.step
     bar = tqdm(total=config.epochs, initial=first, desc=config.loss, unit='epoch', mininterval=1, disable=None if group.first else True)
@@ -196,30 +241,37 @@ def _run(config, dataset, device, rid, about, stop, group):
                     if row is not None:
                         audit = _audit(state, audit_images, dataset) if group.first else {}
                         state.history.append({**row, **{f'val_{k}': v for k, v in audit.items()}})
-                    if group.first: save_state(state, folder)
+                    if group.first:
+                        save_state(state, folder)
                 stop.message = saved()
-                if asked(): stop.check(stop.message)
+                if asked():
+                    stop.check(stop.message)
                 bar.update()
-                if not group.first: continue
+                if not group.first:
+                    continue
                 line = ', '.join(f'{k} {row[k]:.4g}' for k in row if k not in ('epoch', 'lr'))
                 tqdm.write(f"epoch {row['epoch']}/{config.epochs}: {line}, R {audit['pid_coordinate_redundancy']:.3f}, S {audit['pid_coordinate_synergy']:.3f}, {time.perf_counter() - t:.1f} s", file=sys.stdout)
             group.leave()
         stop.wait = False
         stop.check(stop.message)
-        if not group.first: return None
+        if not group.first:
+            return None
         trained = time.perf_counter() - start
         metrics = evaluate_encoder(state.embed[0], dataset, state.views, config.eval_on)
         control = calibrate_batchnorm(build_embed(config, dataset).to(device, memory_format=torch.channels_last), dataset.images['train'], state.views)[0]
         raw = raw_pixels(dataset, config.eval_on)
         metrics |= evaluate_encoder(control, dataset, state.views, config.eval_on, 'control_') | raw
-        if not raw: about |= dict(raw_pixels='not measured: too many values')
+        if not raw:
+            about |= dict(raw_pixels='not measured: too many values')
         final_views = ViewMaker(config.policy, dataset.mean, dataset.std, AUDIT_SEED, device)
         metrics |= {f'{config.eval_on}_{k}': v for k, v in pid_audit(state.embed, dataset.images[config.eval_on], final_views).items()}
         _require_finite(config, 'final evaluation', metrics)
     except NonFiniteLoss as e:
-        if group.first: RunRecord(rid, 'failed', recorded_config(config), {}, state.history, {**about, 'failure': str(e)}).save(runs_folder(config))
+        if group.first:
+            RunRecord(rid, 'failed', recorded_config(config), {}, state.history, {**about, 'failure': str(e)}).save(runs_folder(config))
         raise
-    finally: bar.close()
+    finally:
+        bar.close()
     about |= dict(processes=group.size, dataset_note=dataset.note, images={s: len(x) for s, x in dataset.images.items()}, train_seconds=round(trained, 2), wall_seconds=round(time.perf_counter() - start, 2),
                   images_per_second=round((state.step - made)*config.batch_size/seconds, 1) if seconds else None, image_passes=state.image_passes(),
                   resumed_after_epoch=first, peak_memory_bytes=peak_memory(device))
@@ -228,7 +280,8 @@ def _run(config, dataset, device, rid, about, stop, group):
     header = dict(config=dataclasses.asdict(config), epoch=config.epochs)
     save_checkpoint(folder/'final', {'encoder': state.embed[0].state_dict(), 'projector': state.embed[1].state_dict()}, header)
     path = record.save(runs_folder(config))
-    for old in _checkpoints(folder): remove_checkpoint(old)
+    for old in _checkpoints(folder):
+        remove_checkpoint(old)
     print(f"{config.eval_on}: " + ', '.join(f'{k.removeprefix(config.eval_on + "_")} {v:.2f}' for k, v in metrics.items() if k.startswith(config.eval_on) and not k.endswith('_C') and 'pid' not in k) + f'; record {path}', flush=True)
     return record
 
@@ -239,7 +292,8 @@ def _audit(state, images, dataset):
 
 def _require_finite(config, what, values):
     bad = [k for k, v in values.items() if not math.isfinite(v)]
-    if bad: raise NonFiniteLoss(f'{config.loss}: {what}: {bad[0]} is {values[bad[0]]}: the embeddings overflow; a lower lr or a longer warmup may help')
+    if bad:
+        raise NonFiniteLoss(f'{config.loss}: {what}: {bad[0]} is {values[bad[0]]}: the embeddings overflow; a lower lr or a longer warmup may help')
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #68812c4f
 def parse_args(argv: list | None = None, # default the process's arguments
@@ -250,15 +304,25 @@ def parse_args(argv: list | None = None, # default the process's arguments
 def main(argv: list | None = None, # default the process's arguments
         ) -> int:                  # exit status: 0; 2 bad input, 3 not finite, 4 not writable, 5 locked, 6 process lost, 128 + signal when stopped
     "The command line; what goes wrong is one line on standard error."
-    try: pretrain(parse_args(argv)); return 0
-    except (ConfigError, DataError, RecordError, CheckpointError) as e: error, status = e, 2
-    except NonFiniteLoss as e: error, status = e, 3
-    except StorageError as e: error, status = e, 4
-    except RunLocked as e: error, status = e, 5
-    except ProcessLost as e: error, status = e, 6
-    except RunInterrupted as e: print(e, file=sys.stderr); return 128 + e.signal
+    try:
+        pretrain(parse_args(argv))
+        return 0
+    except (ConfigError, DataError, RecordError, CheckpointError) as e:
+        error, status = e, 2
+    except NonFiniteLoss as e:
+        error, status = e, 3
+    except StorageError as e:
+        error, status = e, 4
+    except RunLocked as e:
+        error, status = e, 5
+    except ProcessLost as e:
+        error, status = e, 6
+    except RunInterrupted as e:
+        print(e, file=sys.stderr)
+        return 128 + e.signal
     print(f'error: {error}', file=sys.stderr)
     return status
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #00d80364
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())  # not in a notebook

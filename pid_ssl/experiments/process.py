@@ -15,7 +15,8 @@ def stop_with_parent(stop: Callable, # called once, in a thread of its own
                     ) -> None:
     "Call `stop` when standard input ends: the process that started this one closed it, or is no more."
     def wait():
-        while os.read(0, 4096): pass
+        while os.read(0, 4096):
+            pass
         stop()
     threading.Thread(target=wait, daemon=True).start()
 
@@ -42,16 +43,23 @@ def run_notebook(path: str | Path,   # a notebook with a parameters cell
         told = set()
         while True:  # a kernel may be on its way
             for p in psutil.Process().children():
-                if p.pid not in told: told.add(p.pid); p.terminate()
+                if p.pid not in told:
+                    told.add(p.pid)
+                    p.terminate()
             time.sleep(0.1)
     stop_with_parent(stop)
     out = Path(out)
     part = out.with_name(f'{out.stem}.part-{os.getpid()}.ipynb')
-    try: papermill.execute_notebook(str(path), str(part), parameters, progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr); return 0
-    except PapermillExecutionError as e: name, text = e.ename, e.evalue
-    except Exception as e: name, text = type(e).__name__, e
+    try:
+        papermill.execute_notebook(str(path), str(part), parameters, progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr)
+        return 0
+    except PapermillExecutionError as e:
+        name, text = e.ename, e.evalue
+    except Exception as e:
+        name, text = type(e).__name__, e
     finally:
-        if part.exists(): os.replace(part, out)
+        if part.exists():
+            os.replace(part, out)
     print(f'error: {name}: {text}', file=sys.stderr)
     return EXIT_STATUS.get(name, 1)
 
@@ -60,8 +68,10 @@ def main(argv: list | None = None, # `command MODULE` with the module's argument
         ) -> int:                  # exit status
     "What a sweep starts."
     kind, *args = sys.argv[1:] if argv is None else argv
-    if kind == 'command': return run_command(args[0], args[1:])
+    if kind == 'command':
+        return run_command(args[0], args[1:])
     return run_notebook(*args[:2], json.loads(args[2]))
 
 # %% ../../nbs/experiments/77_process.ipynb #da33db98
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())  # not in a notebook

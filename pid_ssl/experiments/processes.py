@@ -27,25 +27,31 @@ def check_processes(config: Config, # resolved
                    ) -> None:
     "Raise `ConfigError` for settings that cannot be shared among the processes that were launched."
     _, size, _, here = launched()
-    if size == 1: return
-    if device == 'mps': raise ConfigError('device', device, f'cpu or cuda with {size} processes')
-    if device == 'cuda' and here > torch.cuda.device_count(): raise ConfigError('device', device, f'at most {torch.cuda.device_count()} processes on this machine, one a GPU; {here} were launched')
+    if size == 1:
+        return
+    if device == 'mps':
+        raise ConfigError('device', device, f'cpu or cuda with {size} processes')
+    if device == 'cuda' and here > torch.cuda.device_count():
+        raise ConfigError('device', device, f'at most {torch.cuda.device_count()} processes on this machine, one a GPU; {here} were launched')
     b = config.batch_size
     if b % size or b < 2*size:
         near = max(2, b//size)
         raise ConfigError('batch_size', b, f'a multiple of {size}, the number of processes, from {2*size}: {near*size} or {(near + 1)*size} are near')
-    if config.download: raise ConfigError('download', True, f'False with {size} processes, which would all write the same files: let a single process download first')
+    if config.download:
+        raise ConfigError('download', True, f'False with {size} processes, which would all write the same files: let a single process download first')
 
 # %% ../../nbs/experiments/71_processes.ipynb #ec058ddb
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     "Batch norm whose statistics in training are those of the rows of all processes, on any device."
-    def _check_input_dim(self, x): pass
+    def _check_input_dim(self, x):
+        pass
 
     def forward(self,
                 x: torch.Tensor,  # (n, c) or (n, c, h, w), n the same in every process
                ) -> torch.Tensor: # same shape
         "Normalise each channel."
-        if not self.training: return super().forward(x)
+        if not self.training:
+            return super().forward(x)
         kind, x, dims = x.dtype, x if x.dtype == torch.float64 else x.float(), [0, *range(2, x.ndim)]
         parts = gather(torch.stack([x.mean(dims), x.var(dims, correction=0)])[None])
         mean = parts[:, 0].mean(0)
@@ -54,7 +60,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         with torch.no_grad():
             self.num_batches_tracked += 1
             k = self.momentum if self.momentum is not None else 1/self.num_batches_tracked.item()
-            self.running_mean.lerp_(mean, k); self.running_var.lerp_(var*n/(n - 1), k)
+            self.running_mean.lerp_(mean, k)
+            self.running_var.lerp_(var*n/(n - 1), k)
         mean, scale, bias = (v.view(-1, *[1]*(x.ndim - 2)) for v in (mean, torch.rsqrt(var + self.eps)*self.weight, self.bias))
         return ((x - mean)*scale + bias).to(kind)
 
@@ -62,13 +69,15 @@ def share_batchnorm(module: nn.Module, # changed in place
                     device: str,       # 'cpu' or 'cuda'
                    ) -> nn.Module:     # batch norm over all processes
     "Replace every batch norm: by `SyncBatchNorm` on CUDA, else by `GlobalBatchNorm`."
-    if device == 'cuda': return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if device == 'cuda':
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             new = GlobalBatchNorm(child.num_features, child.eps, child.momentum, dtype=child.weight.dtype)
             new.load_state_dict(child.state_dict())
             setattr(module, name, new)
-        else: share_batchnorm(child, device)
+        else:
+            share_batchnorm(child, device)
     return module
 
 # %% ../../nbs/experiments/71_processes.ipynb #d46c89c0
@@ -94,10 +103,13 @@ class Processes:
                 device: str = '',   # replace batch norm for this device; '' leaves it
                ) -> nn.Module:
         "Batch norm over all processes, and the weights of rank 0 in all."
-        if self.size == 1: return module
-        if device: module = share_batchnorm(module, device)
+        if self.size == 1:
+            return module
+        if device:
+            module = share_batchnorm(module, device)
         for t in (*module.parameters(), *module.buffers()):
-            if t.numel(): dist.broadcast(t.detach(), 0)
+            if t.numel():
+                dist.broadcast(t.detach(), 0)
         return module
 
     def average(self,
@@ -105,16 +117,19 @@ class Processes:
                ) -> None:
         "Replace each gradient by its mean over processes."
         grads = [p.grad for p in params if p.grad is not None]
-        if self.size == 1 or not grads: return
+        if self.size == 1 or not grads:
+            return
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
-        for g, mean in zip(grads, (flat/self.size).split([g.numel() for g in grads])): g.copy_(mean.view(g.shape))
+        for g, mean in zip(grads, (flat/self.size).split([g.numel() for g in grads])):
+            g.copy_(mean.view(g.shape))
 
     def largest(self,
                 number: int,  # of this process
                ) -> int:      # of all
         "The largest of the processes' numbers."
-        if self.size == 1: return number
+        if self.size == 1:
+            return number
         value = torch.tensor(int(number))  # on the CPU also with CUDA: reading it must not wait for the GPU
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return value.item()
@@ -123,23 +138,30 @@ class Processes:
               **values: object, # what has to be equal
              ) -> None:
         "Raise `ConfigError` in all processes when one has another value than rank 0."
-        if self.size == 1: return
+        if self.size == 1:
+            return
         every = [None]*self.size
         dist.all_gather_object(every, values)
         for rank, theirs in enumerate(every):
             for k, v in theirs.items():
-                if v != every[0][k]: raise ConfigError(f'{k} of process {rank}', v, f'{every[0][k]!r}, as in process 0: same settings, data, source and folder of checkpoints')
+                if v != every[0][k]:
+                    raise ConfigError(f'{k} of process {rank}', v, f'{every[0][k]!r}, as in process 0: same settings, data, source and folder of checkpoints')
 
     @contextlib.contextmanager
     def together(self) -> Iterator: # a context that all processes enter
         "What one process raises inside, all raise at the end."
-        if self.size == 1: yield; return
+        if self.size == 1:
+            yield
+            return
         error = None
-        try: yield
-        except (ValueError, OSError, RuntimeError, ArithmeticError) as e: error = e
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError, ArithmeticError) as e:
+            error = e
         every = [None]*self.size
         dist.all_gather_object(every, error and (type(error), str(error)))
-        if error is not None: raise error
+        if error is not None:
+            raise error
         for kind, text in filter(None, every):
             error = kind.__new__(kind)
             error.args = (text,)
@@ -150,26 +172,34 @@ class Processes:
                 where: Callable, # gives what the message says about the state on disk
                ) -> Iterator:    # a context
         "Turn the error of a message to a process that is gone into `ProcessLost`."
-        try: yield
+        try:
+            yield
         except RuntimeError as e:
-            if self.size == 1 or not (isinstance(e, dist.DistError) or 'gloo' in str(e).lower() or 'nccl' in str(e).lower()): raise
+            if self.size == 1 or not (isinstance(e, dist.DistError) or 'gloo' in str(e).lower() or 'nccl' in str(e).lower()):
+                raise
             raise ProcessLost(f"process {self.rank} of {self.size}: another process of this run has ended or cannot be reached ({str(e).splitlines()[0]}); {where()}") from e
 
     def leave(self) -> None:
         "End the group; this process goes on by itself."
-        if self.size > 1 and dist.is_initialized(): dist.destroy_process_group()
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
 @contextlib.contextmanager
 def join_processes(device: str, # 'cpu' or 'cuda'
                   ) -> Iterator: # a context that gives `Processes`
     "Meet the other processes that torchrun launched."
     rank, size, local, _ = launched()
-    if size > 1 and dist.is_initialized(): raise ValueError('process group: got one that is initialised; accepted: none, a run under torchrun makes its own')
-    if size > 1 and device == 'cuda': torch.cuda.set_device(local)
-    if size > 1: dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
+    if size > 1 and dist.is_initialized():
+        raise ValueError('process group: got one that is initialised; accepted: none, a run under torchrun makes its own')
+    if size > 1 and device == 'cuda':
+        torch.cuda.set_device(local)
+    if size > 1:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo')
     group = Processes(rank, size)
-    try: yield group
-    finally: group.leave()
+    try:
+        yield group
+    finally:
+        group.leave()
 
 # %% ../../nbs/experiments/71_processes.ipynb #80911dd0
 STUCK_SECONDS = 20.  # torchrun and Slurm send SIGKILL 30 seconds after SIGTERM
@@ -179,7 +209,9 @@ def leave_when_stuck(group: Processes, # nothing is done for a single one
                      where: Callable,  # gives what the message says about the state on disk
                     ) -> Iterator:     # a context
     "End this process with 128 plus the signal's number when a signal has come and the context is still not left after `STUCK_SECONDS`."
-    if group.size == 1 or threading.current_thread() is not threading.main_thread(): yield; return
+    if group.size == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     left = threading.Event()
@@ -191,8 +223,11 @@ def leave_when_stuck(group: Processes, # nothing is done for a single one
     thread = threading.Thread(target=watch, daemon=True)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     thread.start()
-    try: yield
+    try:
+        yield
     finally:
         left.set()
         signal.set_wakeup_fd(before)
-        writer.close(); thread.join(); reader.close()
+        writer.close()
+        thread.join()
+        reader.close()

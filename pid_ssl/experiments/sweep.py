@@ -20,23 +20,29 @@ def read_sweep(path: str | Path, # a .toml or .json file
     "A sweep file's content; raises `ConfigError` when it cannot be read."
     path = Path(path)
     parse = {'.toml': tomllib.loads, '.json': json.loads}.get(path.suffix)
-    if parse is None: raise ConfigError('sweep', str(path), 'a .toml or .json file')
-    try: return parse(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as e: raise ConfigError('sweep', str(path), f'a readable {path.suffix[1:].upper()} file ({e})') from None
+    if parse is None:
+        raise ConfigError('sweep', str(path), 'a .toml or .json file')
+    try:
+        return parse(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ConfigError('sweep', str(path), f'a readable {path.suffix[1:].upper()} file ({e})') from None
 
 def expand(sweep: dict, # config field -> value, or list of values; `block`: a list of such mappings
           ) -> list:    # of `Config`, the product of the lists, block after block
     "The configs of a sweep; raises `ConfigError` naming the field."
-    if not isinstance(sweep, dict): raise ConfigError('sweep', sweep, 'a mapping of field names to values or lists of values')
+    if not isinstance(sweep, dict):
+        raise ConfigError('sweep', sweep, 'a mapping of field names to values or lists of values')
     blocks = sweep.get('block', [{}])
-    if not isinstance(blocks, list) or not blocks or not all(isinstance(b, dict) for b in blocks): raise ConfigError('block', blocks, 'a list of mappings of field names to values or lists of values')
+    if not isinstance(blocks, list) or not blocks or not all(isinstance(b, dict) for b in blocks):
+        raise ConfigError('block', blocks, 'a list of mappings of field names to values or lists of values')
     shared = {k: v for k, v in sweep.items() if k != 'block'}
     return [c for b in blocks for c in _grid({**shared, **b})]
 
 def _grid(fields):
     values = [v if isinstance(v, (list, tuple)) else [v] for v in fields.values()]
     for k, v in zip(fields, values):
-        if not v or any(x in v[:i] for i, x in enumerate(v)): raise ConfigError(str(k), v, 'one value, or a list of different ones')
+        if not v or any(x in v[:i] for i, x in enumerate(v)):
+            raise ConfigError(str(k), v, 'one value, or a list of different ones')
     return [from_dict(dict(zip(fields, row))) for row in itertools.product(*values)]
 
 # %% ../../nbs/experiments/78_sweep.ipynb #b157b413
@@ -44,12 +50,14 @@ def unfinished(configs: list, # of `Config`, each naming its device
               ) -> list:      # those without a finished record
     "The configs that have to be run; raises `ConfigError` for one that cannot be."
     for c in configs:
-        if c.device == 'auto': raise ConfigError('device', c.device, 'cpu, cuda, mps: the device of the machines that run the sweep')
+        if c.device == 'auto':
+            raise ConfigError('device', c.device, 'cpu, cuda, mps: the device of the machines that run the sweep')
     wanted = [(identity(resolve(c, c.device)), c.device) for c in configs]
     made = {}
     for c in configs:
         folder = runs_folder(c)
-        if folder not in made: made[folder] = [(identity(from_dict(r.config)), r.provenance.get('device')) for r in load_records(folder)]
+        if folder not in made:
+            made[folder] = [(identity(from_dict(r.config)), r.provenance.get('device')) for r in load_records(folder)]
     return [c for c, w in zip(configs, wanted) if c.force or w not in made[runs_folder(c)]]
 
 # %% ../../nbs/experiments/78_sweep.ipynb #13656fd4
@@ -69,14 +77,17 @@ class Job:
         said = ''
         try:
             for line in run.stderr:
-                if line.startswith(('error: ', 'stopped by ')): said = line.strip()
+                if line.startswith(('error: ', 'stopped by ')):
+                    said = line.strip()
                 print(line, end='', file=sys.stderr, flush=True)
             status = run.wait()
         finally:
             run.terminate()
             print(run.communicate()[1], end='', file=sys.stderr, flush=True)
-        if status == 0: return 'finished'
-        if 'is being made by' in said: return 'locked'  # torchrun's status is always 1
+        if status == 0:
+            return 'finished'
+        if 'is being made by' in said:
+            return 'locked'  # torchrun's status is always 1
         raise RuntimeError(f'exit status {status}: {said or "see the log"}')
 
     def checkpoint(self) -> object: # submitit's `DelayedSubmission`
@@ -122,7 +133,9 @@ class _Run:
                                             env={'OMP_NUM_THREADS': str(threads), **os.environ, 'PYTHONUNBUFFERED': '1'})
 
     def said(self): # the message, else the last line
-        with open(self.log, 'rb') as log: log.seek(self.begin); lines = log.read().decode(errors='replace').splitlines()
+        with open(self.log, 'rb') as log:
+            log.seek(self.begin)
+            lines = log.read().decode(errors='replace').splitlines()
         lines = [x.strip() for x in lines if x.strip()]
         return next((x.removeprefix('error: ') for x in lines[::-1] if x.startswith(('error: ', 'stopped by '))), lines[-1] if lines else 'nothing was said')
 
@@ -136,13 +149,17 @@ def _signals():
     came, before = [], {}
     def handle(number, frame):
         came.append(number)
-        if len(came) > 1: raise KeyboardInterrupt
+        if len(came) > 1:
+            raise KeyboardInterrupt
     if threading.current_thread() is threading.main_thread():
         for s in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, 'SIGHUP') else [])):
-            if signal.getsignal(s) is not signal.SIG_IGN: before[s] = signal.signal(s, handle)
-    try: yield came
+            if signal.getsignal(s) is not signal.SIG_IGN:
+                before[s] = signal.signal(s, handle)
+    try:
+        yield came
     finally:
-        for s, handler in before.items(): signal.signal(s, signal.SIG_DFL if handler is None else handler)
+        for s, handler in before.items():
+            signal.signal(s, signal.SIG_DFL if handler is None else handler)
 
 def _names(configs):
     "A name for each: the fields in which they differ."
@@ -150,7 +167,8 @@ def _names(configs):
     names = [re.sub(r'[^\w.=-]', '-', '_'.join(f'{k}={getattr(c, k)}' for k in fields if getattr(c, k) is not None)) or 'run' for c in configs]
     return [n if len(n) <= 120 else f'{n[:100]}-{digest(n)}' for n in names]  # file systems end at 143 to 255 letters
 
-def _time(seconds): return f'{seconds:.0f} s' if seconds < 90 else f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
+def _time(seconds):
+    return f'{seconds:.0f} s' if seconds < 90 else f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
 
 # %% ../../nbs/experiments/78_sweep.ipynb #101e6510
 def run_sweep(sweep: dict | str | Path,      # a sweep, or the file that holds it
@@ -159,27 +177,35 @@ def run_sweep(sweep: dict | str | Path,      # a sweep, or the file that holds i
               notebooks: bool | None = None, # execute run_experiment for each run; default when it and papermill are there
              ) -> list:                      # of `RunRecord`, one a run, in the sweep's order
     "Make every run of a sweep that has no finished record; raises `ConfigError` before anything is started, `SweepFailed` at the end, `SweepStopped` on SIGINT, SIGTERM or SIGHUP."
-    if type(workers) is not int or workers < 1: raise ConfigError('workers', workers, 'an integer from 1')
-    if not isinstance(sweep, dict): sweep, name = read_sweep(sweep), name or Path(sweep).stem
+    if type(workers) is not int or workers < 1:
+        raise ConfigError('workers', workers, 'an integer from 1')
+    if not isinstance(sweep, dict):
+        sweep, name = read_sweep(sweep), name or Path(sweep).stem
     name = name or digest(sweep)
-    if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', name): raise ConfigError('name', name, 'a folder name of letters, digits, . _ -')
+    if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', name):
+        raise ConfigError('name', name, 'a folder name of letters, digits, . _ -')
     notebook = project_root()/'nbs'/'run_experiment.ipynb'
     able = notebook.is_file() and importlib.util.find_spec('papermill') is not None
-    if notebooks and not able: raise ConfigError('notebooks', notebooks, f"False, or True with {notebook} and papermill (pip install 'pid_ssl[notebooks]')")
+    if notebooks and not able:
+        raise ConfigError('notebooks', notebooks, f"False, or True with {notebook} and papermill (pip install 'pid_ssl[notebooks]')")
     auto = 'cuda' if torch.cuda.is_available() else 'cpu'
     configs = [dataclasses.replace(c, home=str(home_folder(c)), device=auto if c.device == 'auto' else c.device) for c in expand(sweep)]
     unique = {}  # what blocks have in common is one run
-    for c in configs: unique.setdefault(_key(c), c)
+    for c in configs:
+        unique.setdefault(_key(c), c)
     configs = list(unique.values())
     todo, folder = unfinished(configs), home_folder(configs[0])/'data'/'sweeps'/name
     fields = lambda c: {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if getattr(c, f.name) != f.default}
     page = lambda n: folder/f'{n}.ipynb' if able and notebooks is not False else None
     waiting = [_Run(n, folder, ['notebook', str(notebook), str(page(n)), json.dumps(fields(c))] if page(n) else ['command', *Job(c).command[1:]], page(n)) for c, n in zip(configs, _names(configs)) if c in todo]
     print(f'{name}: {len(configs)} runs, {len(configs) - len(todo)} finished' + (f', {len(todo)} to make, {workers} at a time; logs in {folder}' if todo else ''), flush=True)
-    for part in folder.glob('*.part-*.ipynb'): part.unlink(missing_ok=True)  # of a process that was killed
+    for part in folder.glob('*.part-*.ipynb'):
+        part.unlink(missing_ok=True)  # of a process that was killed
     failures, stopped = _work(waiting, folder, workers, len(configs))
-    if stopped: raise SweepStopped(f'{len(configs) - len(unfinished(configs))} of {len(configs)} runs are finished', stopped)
-    if failures: raise SweepFailed(failures, len(configs))
+    if stopped:
+        raise SweepStopped(f'{len(configs) - len(unfinished(configs))} of {len(configs)} runs are finished', stopped)
+    if failures:
+        raise SweepFailed(failures, len(configs))
     return _records(configs)
 
 def run_commands(commands: dict,     # name, good for a file -> arguments of `python -m`, the module first
@@ -187,17 +213,21 @@ def run_commands(commands: dict,     # name, good for a file -> arguments of `py
                  workers: int = 1,   # at a time
                 ) -> None:
     "Run several command lines of this package; raises `ConfigError`, `SweepFailed` at the end, `SweepStopped` on a signal."
-    if type(workers) is not int or workers < 1: raise ConfigError('workers', workers, 'an integer from 1')
+    if type(workers) is not int or workers < 1:
+        raise ConfigError('workers', workers, 'an integer from 1')
     failures, stopped = _work([_Run(n, Path(folder), ['command', *args]) for n, args in commands.items()], Path(folder), workers, len(commands))
-    if stopped: raise SweepStopped('the commands under way have saved what they can', stopped)
-    if failures: raise SweepFailed(failures, len(commands))
+    if stopped:
+        raise SweepStopped('the commands under way have saved what they can', stopped)
+    if failures:
+        raise SweepFailed(failures, len(commands))
 
 def _work(runs, folder, workers, total):
     "Keep `workers` processes going; reasons of failures, and the number of the signal that stopped it."
     waiting, failures, took, running = collections.deque(runs), {}, [], []
     threads = max(1, _cores()//workers)
     if runs:
-        with writing(folder): folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     with _signals() as came:
         try:
             while (waiting or running) and not came:
@@ -208,31 +238,40 @@ def _work(runs, folder, workers, total):
                     status, seconds = run.process.returncode, time.monotonic() - run.started
                     run.process.stdin.close()
                     if status == 5 and not came:
-                        if not run.after: print(f'locked: {run.name}: {run.said()}; coming back to it', flush=True)
+                        if not run.after:
+                            print(f'locked: {run.name}: {run.said()}; coming back to it', flush=True)
                         run.after, run.wait = time.monotonic() + run.wait, min(60., 1.5*run.wait)
                         waiting.append(run)
                         continue
-                    if status == 0: took.append(seconds)
-                    else: failures[run.name] = run.reason(status)
+                    if status == 0:
+                        took.append(seconds)
+                    else:
+                        failures[run.name] = run.reason(status)
                     left = len(waiting) + len(running)
                     print(f'[{total - left}/{total}] {run.name}: ' + (f'finished in {_time(seconds)}' if status == 0 else f'failed, {failures[run.name]}')
                           + (f'; about {_time(sum(took)/len(took)*left/workers)} left' if left and took else ''), flush=True)
         finally:
-            for run in running: run.process.stdin.close()  # each saves and ends
-            for run in running: run.process.wait()
+            for run in running:
+                run.process.stdin.close()  # each saves and ends
+            for run in running:
+                run.process.wait()
     return failures, came[0] if came else None
 
 def _start(waiting, running, workers, threads):
     for run in list(waiting):
-        if len(running) == workers: return
-        if run.after > time.monotonic(): continue
+        if len(running) == workers:
+            return
+        if run.after > time.monotonic():
+            continue
         waiting.remove(run)
         run.start(threads)
         running.append(run)
 
-def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
-def _key(config): return digest([identity(resolve(config, config.device)), config.device, str(runs_folder(config))])
+def _key(config):
+    return digest([identity(resolve(config, config.device)), config.device, str(runs_folder(config))])
 
 def _records(configs):
     found = {digest([identity(from_dict(r.config)), r.provenance.get('device'), str(folder)]): r for folder in {runs_folder(c) for c in configs} for r in load_records(folder)}
@@ -249,8 +288,10 @@ def submit_sweep(sweep: dict,              # config field -> value, or list of v
     # jobs may start in another folder
     configs = [dataclasses.replace(c, home=str(home_folder(c))) for c in expand(sweep)]
     todo = unfinished(configs)
-    try: import submitit
-    except ImportError: raise ImportError("a sweep needs submitit: pip install 'pid_ssl[slurm]'") from None
+    try:
+        import submitit
+    except ImportError:
+        raise ImportError("a sweep needs submitit: pip install 'pid_ssl[slurm]'") from None
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     executor.update_parameters(**{'name': 'pid_ssl', **parameters})
     print(f'{len(configs)} runs, {len(configs) - len(todo)} finished, {len(todo)} submitted')
@@ -265,11 +306,22 @@ def main(argv: list | None = None, # default the process's arguments
     parser.add_argument('--workers', type=int, default=1, help='runs at a time')
     parser.add_argument('--notebooks', action=argparse.BooleanOptionalAction, help='execute nbs/run_experiment.ipynb for each run; default when it and papermill are there')
     given = parser.parse_args(argv)
-    try: run_sweep(given.sweep, given.workers, notebooks=given.notebooks); return 0
-    except ConfigError as e: print(f'error: {e}', file=sys.stderr); return 2
-    except SweepFailed as e: print(f'error: {e}', file=sys.stderr); return 1
-    except StorageError as e: print(f'error: {e}', file=sys.stderr); return 4
-    except SweepStopped as e: print(e, file=sys.stderr); return 128 + e.signal
+    try:
+        run_sweep(given.sweep, given.workers, notebooks=given.notebooks)
+        return 0
+    except ConfigError as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2
+    except SweepFailed as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+    except StorageError as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 4
+    except SweepStopped as e:
+        print(e, file=sys.stderr)
+        return 128 + e.signal
 
 # %% ../../nbs/experiments/78_sweep.ipynb #f27be92a
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())  # not in a notebook

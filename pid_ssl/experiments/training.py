@@ -22,8 +22,10 @@ def device_class(config: Config, # any config
                 ) -> str:        # 'cpu', 'cuda' or 'mps'
     "The device a run will use; raises `ConfigError` when the one asked for is not there."
     have = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
-    if config.device == 'auto': return 'cuda' if have['cuda'] else 'cpu'
-    if not have[config.device]: raise ConfigError('device', config.device, ', '.join(['auto'] + [d for d, ok in have.items() if ok]) + ' on this machine')
+    if config.device == 'auto':
+        return 'cuda' if have['cuda'] else 'cpu'
+    if not have[config.device]:
+        raise ConfigError('device', config.device, ', '.join(['auto'] + [d for d, ok in have.items() if ok]) + ' on this machine')
     return config.device
 
 # %% ../../nbs/experiments/73_training.ipynb #3ae1fe47
@@ -41,7 +43,8 @@ def learning_rate(step: int,     # from 0
                  ) -> float:
     "Learning rate of a step."
     ramp = int(warmup*total)
-    if step < ramp: return peak*(step + 1)/ramp
+    if step < ramp:
+        return peak*(step + 1)/ramp
     return peak/2*(1 + math.cos(math.pi*(step - ramp)/max(1, total - ramp)))
 
 # %% ../../nbs/experiments/73_training.ipynb #49b7dfcc
@@ -95,13 +98,16 @@ class Pretraining:
     def set_strength(self) -> None:
         "Set the loss's strength for the step to come."
         c = self.config
-        if reads(c, 'anneal'): self.loss.strength = synergy_strength(self.step, self.steps*c.epochs, c.redundancy_phase, c.anneal)
+        if reads(c, 'anneal'):
+            self.loss.strength = synergy_strength(self.step, self.steps*c.epochs, c.redundancy_phase, c.anneal)
 
     def image_passes(self) -> int: # forward counts 1, backward 2
         "Image passes of the whole run: the unit in which objectives are compared at equal compute."
         c, total, now = self.config, self.steps*self.config.epochs, self.step
         asked = 0
-        for self.step in range(total): self.set_strength(); asked += self.teacher is not None and self.loss.wants_target
+        for self.step in range(total):
+            self.set_strength()
+            asked += self.teacher is not None and self.loss.wants_target
         self.step = now
         return c.batch_size*(total*2*3 + asked*(1 if self.target == 'ema_clean' else 2))
 
@@ -133,25 +139,33 @@ class Pretraining:
         rows = [self.group.rows(r) for r in order.split(c.batch_size)[len(log):self.steps]]
         for i, images in enumerate(self.batch_source(rows), len(log)):
             lr = learning_rate(self.step, self.steps*c.epochs, c.lr, c.warmup)
-            for group in self.optimizer.param_groups: group['lr'] = lr
+            for group in self.optimizer.param_groups:
+                group['lr'] = lr
             self.set_strength()
-            try: loss = self.batch_loss(images)
-            except ConfigError: raise
-            except (ValueError, torch.linalg.LinAlgError) as e: raise NonFiniteLoss(f'{self._where(number, i)}: {e} ({self._batch(-1)})') from None
+            try:
+                loss = self.batch_loss(images)
+            except ConfigError:
+                raise
+            except (ValueError, torch.linalg.LinAlgError) as e:
+                raise NonFiniteLoss(f'{self._where(number, i)}: {e} ({self._batch(-1)})') from None
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.group.average(self.params)
             self.optimizer.step()
-            if self.teacher is not None: self.teacher.update(self.embed)
+            if self.teacher is not None:
+                self.teacher.update(self.embed)
             self.step += 1
             log.append({'loss': loss.detach().float(), **{k: v.float() for k, v in self.loss.terms.items()}})
             # on a GPU reading a value would stall the queue: look every 50 steps and at the end
             stop = i < self.steps - 1 and stopped()
-            if self.device == 'cpu' or i % 50 == 49 or i == self.steps - 1 or stop: self._check(number)
-            if stop: return None
+            if self.device == 'cpu' or i % 50 == 49 or i == self.steps - 1 or stop:
+                self._check(number)
+            if stop:
+                return None
         # a gradient can overflow where the loss did not: such weights must not reach a checkpoint
         bad = [n for n, p in (*self.embed.named_parameters(), *self.loss.named_parameters()) if not p.isfinite().all()]
-        if bad: raise NonFiniteLoss(f'{self._where(number, self.steps - 1)}: the loss is finite, the weights after it are not: {bad[0]} ({self._batch(-1)}); a lower lr or a longer warmup may help')
+        if bad:
+            raise NonFiniteLoss(f'{self._where(number, self.steps - 1)}: the loss is finite, the weights after it are not: {bad[0]} ({self._batch(-1)}); a lower lr or a longer warmup may help')
         # the terms of the two phases differ: each is the mean over the steps that had it
         names = dict.fromkeys(k for row in log for k in row)
         means = torch.stack([torch.stack([row[k] for row in log if k in row]).mean() for k in names]).tolist()
@@ -162,17 +176,20 @@ class Pretraining:
     def _check(self, number):
         log = self.log
         finite = lambda row: torch.stack(list(row.values())).isfinite().all()
-        if finite(log[-1]) and (self.device == 'cpu' or torch.stack([finite(row) for row in log]).all()): return
+        if finite(log[-1]) and (self.device == 'cpu' or torch.stack([finite(row) for row in log]).all()):
+            return
         i = next(i for i, row in enumerate(log) if not finite(row))
         terms = {k: v.item() for k, v in log[i].items()}
         bad = [k for k, v in terms.items() if not math.isfinite(v)]
         raise NonFiniteLoss(f"{self._where(number, i)}: not finite: {', '.join(bad)} (terms: {', '.join(f'{k}={v:.4g}' for k, v in terms.items())}; {self._batch(i - len(log))}); "
                             "a lower lr, a longer warmup or, for pid, a larger shrinkage may help")
 
-    def _where(self, number, i): return f'{self.config.loss}: epoch {number + 1}, step {i + 1} of {self.steps}'
+    def _where(self, number, i):
+        return f'{self.config.loss}: epoch {number + 1}, step {i + 1} of {self.steps}'
 
     def _batch(self, i):
-        if len(self.batches) < -i: return 'batch of an earlier start'
+        if len(self.batches) < -i:
+            return 'batch of an earlier start'
         finite, rms, largest, least = self.batches[i].tolist()
         return (f"batch: {self.config.batch_size} images in two views, embeddings {finite:.0%} finite, root mean square {rms:.4g}, largest {largest:.4g}, "
                 f"least standard deviation of a coordinate {least:.4g}; lr {self.optimizer.param_groups[0]['lr']:.4g}")

@@ -67,7 +67,8 @@ def one_setting_each(records: list, # of `RunRecord`
             differ = ', '.join(f'{k} ({theirs.get(k)}, {mine.get(k)})' for k in {**theirs, **mine} if theirs.get(k) != mine.get(k))
             raise ValueError(f"records {other.run_id} and {r.run_id} are both for {', '.join(map(str, key))} and differ in {differ}; accepted: one setting a row (select with `matching`)")
         twin = seen.setdefault((*key, r.config['seed']), r)
-        if twin is not r: raise ValueError(f"records {twin.run_id} and {r.run_id} are both for {', '.join(map(str, key))}, seed {r.config['seed']}; accepted: one record a seed")
+        if twin is not r:
+            raise ValueError(f"records {twin.run_id} and {r.run_id} are both for {', '.join(map(str, key))}, seed {r.config['seed']}; accepted: one record a seed")
 
 def plot_run(record: RunRecord, # finished
             ):                  # matplotlib Figure
@@ -83,11 +84,14 @@ def plot_run(record: RunRecord, # finished
             y = np.array([row.get(k, np.nan) for row in h])  # a term of the second phase starts late
             top = max(1e-12, np.nanmax(np.abs(y)))
             middle.plot(epochs, y/top, label=f'{k} / {top:.3g}')
-    middle.set(xlabel='epoch', ylabel='terms, by their largest value'); middle.legend(frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
+    middle.set(xlabel='epoch', ylabel='terms, by their largest value')
+    middle.legend(frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     for (k, name), style in zip(ATOMS.items(), ('-', '-', '--', ':')):
         right.plot(epochs, [row[f'{TRACE}_{k}'] for row in h], style, label=name)
-    right.set(xlabel='epoch', ylabel='nats per coordinate'); right.legend(frameon=False)
-    for ax in (left, middle, right): ax.xaxis.get_major_locator().set_params(integer=True)
+    right.set(xlabel='epoch', ylabel='nats per coordinate')
+    right.legend(frameon=False)
+    for ax in (left, middle, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
 def run_table(record: RunRecord, # finished
@@ -111,7 +115,8 @@ def plot_atoms(records: list, # of one dataset
         ends, longest = [], max(len(r.history) for r in records)
         for loss in NAMES:
             runs = [[row[f'{TRACE}_{atom}'] for row in r.history] for r in records if r.config['loss'] == loss]
-            if not runs: continue
+            if not runs:
+                continue
             y, epochs = np.array(runs), np.arange(1, len(runs[0]) + 1)
             ax.plot(epochs, y.mean(0), color=colour(loss), lw=1.2)
             ax.fill_between(epochs, y.min(0), y.max(0), color=colour(loss), alpha=0.2, lw=0)
@@ -148,7 +153,8 @@ def plot_accuracy(records: list, # of one dataset and preset
             ax.plot(v, [i]*len(v), 'o', ms=3.5, color=colour(loss), alpha=0.7, mew=0)
         for prefix, style, name in (('control_', ':', 'untrained'), ('raw_', '--', 'raw pixels')):
             # the control depends on the seed alone: one value a seed, not one a run
-            if f'{prefix}{split}_{key}' in data: ax.axvline(data.drop_duplicates('seed')[f'{prefix}{split}_{key}'].mean(), ls=style, color='0.4', lw=1, label=name)
+            if f'{prefix}{split}_{key}' in data:
+                ax.axvline(data.drop_duplicates('seed')[f'{prefix}{split}_{key}'].mean(), ls=style, color='0.4', lw=1, label=name)
         ax.set(xlabel=label, yticks=range(len(losses)), yticklabels=[f"{NAMES[x]} ({(data.loss == x).sum()})" for x in losses], ylim=(len(losses) - 0.4, -0.6))
     axes[0].legend(frameon=False, loc='upper center', bbox_to_anchor=(0.5, 1.22), ncols=2, handlelength=1.5, columnspacing=1.)
     return fig
@@ -170,7 +176,8 @@ def results_table(records: list, # of one dataset and preset
     # the control depends on the seed alone: one value a seed, not one a run
     unique = data.drop_duplicates('seed')
     rows.append({'method': 'untrained network', 'seeds': str(len(unique)), **{name: spread(unique[f'control_{split}_{k}']) for k, name in keys.items()}})
-    if f'raw_{split}_linear_logreg' in data: rows.append({'method': 'raw pixels', 'seeds': '', **{name: f"{data[f'raw_{split}_{k}'].iloc[0]:.1f}" for k, name in keys.items()}})
+    if f'raw_{split}_linear_logreg' in data:
+        rows.append({'method': 'raw pixels', 'seeds': '', **{name: f"{data[f'raw_{split}_{k}'].iloc[0]:.1f}" for k, name in keys.items()}})
     return pd.DataFrame(rows).fillna('')
 
 SPLITS = {'train': 'training', 'val': 'held-out validation', 'test': 'test'}
@@ -183,7 +190,8 @@ def methods(records: list, # of one figure
     text = lambda v: f'{v:g}' if isinstance(v, float) else str(v)
     def knob(name, configs):
         values = sorted({value_of(from_dict(c), name) for c in configs})
-        if len(values) == 1: return f'{name} = {text(values[0])}' + (', no charge on redundancy' if name == 'w_r' and values[0] == 0 else '')
+        if len(values) == 1:
+            return f'{name} = {text(values[0])}' + (', no charge on redundancy' if name == 'w_r' and values[0] == 0 else '')
         c = configs[0]
         default = value_of(resolve(Config(loss=c['loss'], dataset=c['dataset'], preset=c['preset'])), name)
         return f"{name} = {f'{text(values[0])} to {text(values[-1])}' if isinstance(values[0], float) else ' or '.join(values)} (default {text(default)})"
@@ -197,7 +205,8 @@ def caption(records: list,   # of one figure
     "Dataset variant, seeds, split and device, and the settings of the losses, taken from the records."
     data = frame(records)
     settings = {}
-    for r in records: settings.setdefault(digest({k: v for k, v in identity(from_dict(r.config)).items() if k != 'seed'}), set()).add(r.config['seed'])
+    for r in records:
+        settings.setdefault(digest({k: v for k, v in identity(from_dict(r.config)).items() if k != 'seed'}), set()).add(r.config['seed'])
     seeds = sorted({len(s) for s in settings.values()})
     span = str(seeds[0]) if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'
     size = data.train_size.iloc[0]
@@ -214,7 +223,8 @@ def passes_caption(records: list, # of one figure
                   ) -> str:       # three sentences
     "The caption with the epochs and image passes of each loss, where methods are compared that need different numbers of passes an image."
     groups = {}
-    for (loss, epochs), d in frame(records).groupby(['loss', 'epochs'], sort=False): groups.setdefault(f'{d.image_passes.mean()/1e6:.2f} M in {epochs} epochs', []).append(NAMES[loss])
+    for (loss, epochs), d in frame(records).groupby(['loss', 'epochs'], sort=False):
+        groups.setdefault(f'{d.image_passes.mean()/1e6:.2f} M in {epochs} epochs', []).append(NAMES[loss])
     cost = [f"{k} ({', '.join(v)})" for k, v in sorted(groups.items())]
     return f"{caption(records)} Image passes of a run: {'; '.join(cost)}."
 
@@ -230,9 +240,12 @@ class Gallery:
         self.folder, self.notebook, self.rebuilt, self.seen = Path(folder or project_root()/'figures'), notebook, [], []
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder/'manifest.json'
-        try: self.manifest = json.loads(path.read_text()) if path.exists() else {}
-        except (OSError, ValueError, RecursionError) as e: raise ValueError(f'{path}: not readable as JSON ({e}); delete it to rebuild every figure') from None
-        if not isinstance(self.manifest, dict): raise ValueError(f'{path}: a {type(self.manifest).__name__}; accepted: figure names with their entries (delete it to rebuild every figure)')
+        try:
+            self.manifest = json.loads(path.read_text()) if path.exists() else {}
+        except (OSError, ValueError, RecursionError) as e:
+            raise ValueError(f'{path}: not readable as JSON ({e}); delete it to rebuild every figure') from None
+        if not isinstance(self.manifest, dict):
+            raise ValueError(f'{path}: a {type(self.manifest).__name__}; accepted: figure names with their entries (delete it to rebuild every figure)')
         plain = lambda v: isinstance(v, dict) and all(re.fullmatch(r'\w[\w.-]*', k) and isinstance(h, str) for k, h in v.items())
         for name, entry in self.manifest.items():
             if not isinstance(entry, dict) or not isinstance(entry.get('notebook'), str) or not plain(entry.get('output_hashes')):
@@ -247,11 +260,13 @@ class Gallery:
             files: tuple = (), # of `DataFile`
            ) -> list:      # paths of the files; nothing is drawn from nothing
         "Draw a figure (PNG, PDF) or write a table (CSV, Markdown, LaTeX) unless it is up to date."
-        if not records and not files: return []
-        if name in self.seen: raise ValueError(f'{name} is made twice; accepted: a name of its own for each')
+        if not records and not files:
+            return []
+        if name in self.seen:
+            raise ValueError(f'{name} is made twice; accepted: a name of its own for each')
         self.seen.append(name)
-        here = Path(__file__).parent if '__file__' in globals() else project_root()/'pid_ssl'
-        style = inspect.getsource(make) + inspect.getsource(describe) + ''.join(p.read_text() for p in sorted(here.glob('figures*.py')))
+        here = Path(__file__).parent if '__file__' in globals() else project_root()/'pid_ssl'/'figures'
+        style = inspect.getsource(make) + inspect.getsource(describe) + ''.join(p.read_text() for p in sorted(here.rglob('*.py')))
         parts = [[r.run_id, r.config, r.metrics, r.history, *(r.provenance.get(k) for k in _READ)] for r in sorted(records, key=lambda r: r.run_id)] + [f.sha256 for f in files]
         inputs = digest([parts, hashlib.sha256(style.encode()).hexdigest(), note])
         old = self.manifest.get(name, {})
@@ -300,7 +315,8 @@ def drift(root: str | Path | None = None, # default the project's root
     out = [f'figures/{f} is not what the manifest says' for e in gallery.manifest.values() for f, h in e['output_hashes'].items() if gallery._hash(f) != h]
     known = {f for e in gallery.manifest.values() for f in e['output_hashes']} | {'manifest.json'}
     out += [f'figures/{p.name} is not in the manifest' for p in sorted((root/'figures').iterdir()) if p.name not in known]
-    if readme.is_file() and (text := readme.read_text()) != fill_markers(text, root/'figures'): out.append('README.md has other tables than figures/')
+    if readme.is_file() and (text := readme.read_text()) != fill_markers(text, root/'figures'):
+        out.append('README.md has other tables than figures/')
     return out
 
 def show(*names: str,                      # stems of files
@@ -311,9 +327,12 @@ def show(*names: str,                      # stems of files
     folder = Path(folder or project_root()/'figures')
     captions = Gallery(folder).manifest
     for name in names:
-        if (folder/f'{name}.png').is_file(): display(Image(folder/f'{name}.png'), Markdown(captions.get(name, {}).get('caption', '')))
-        elif (folder/f'{name}.md').is_file(): display(Markdown((folder/f'{name}.md').read_text()))
-        else: raise FileNotFoundError(f'{folder}: no {name}.png or {name}.md; run nbs/make_figures.ipynb')
+        if (folder/f'{name}.png').is_file():
+            display(Image(folder/f'{name}.png'), Markdown(captions.get(name, {}).get('caption', '')))
+        elif (folder/f'{name}.md').is_file():
+            display(Markdown((folder/f'{name}.md').read_text()))
+        else:
+            raise FileNotFoundError(f'{folder}: no {name}.png or {name}.md; run nbs/make_figures.ipynb')
 
 def committed(name: str,                        # stem of the files
               table: object,                    # pandas DataFrame of text, made again

@@ -21,8 +21,10 @@ SMALLEST = 6.5  # pt, of any type in a figure
 
 def plotting() -> tuple: # pyplot, seaborn, pandas
     "The plotting libraries in house style; raises `ImportError` that says what to install."
-    try: import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
-    except ImportError as e: raise ImportError(f'{e.name} is needed for figures and tables: pip install "pid_ssl[figures]"') from None
+    try:
+        import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
+    except ImportError as e:
+        raise ImportError(f'{e.name} is needed for figures and tables: pip install "pid_ssl[figures]"') from None
     sns.set_theme(context='paper', style='ticks', palette='colorblind', font='DejaVu Sans',
                   rc={'axes.spines.top': False, 'axes.spines.right': False, 'figure.dpi': 120, 'savefig.dpi': 200, 'font.size': 8, 'axes.labelsize': 8,
                       'xtick.labelsize': 7, 'ytick.labelsize': 7, 'legend.fontsize': 7, 'axes.titlesize': 8, 'svg.hashsalt': 'pid_ssl', 'figure.constrained_layout.use': True})
@@ -77,7 +79,8 @@ def data_file(name: str,                        # below the data folder
     try:
         raw = path.read_bytes()
         return DataFile(name, hashlib.sha256(raw).hexdigest(), json.loads(raw) if path.suffix == '.json' else raw.decode())
-    except (OSError, ValueError, RecursionError) as e: raise ValueError(f'{path}: not readable ({e}); accepted: a file of the project') from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f'{path}: not readable ({e}); accepted: a file of the project') from None
 
 # %% ../../nbs/figures/81_base.ipynb #eae6a680
 def fill_markers(text: str,                       # Markdown with markers
@@ -86,8 +89,10 @@ def fill_markers(text: str,                       # Markdown with markers
     "Put `NAME.md` of the figures folder between each `<!-- table NAME -->` and the next `<!-- end -->`; `parameters` is the config's own table."
     folder = Path(folder or project_root()/'figures')
     def block(m):
-        if m.group(1) == 'parameters': return f'<!-- table parameters -->\n{parameter_table()}\n<!-- end -->'
+        if m.group(1) == 'parameters':
+            return f'<!-- table parameters -->\n{parameter_table()}\n<!-- end -->'
         path = folder/f'{m.group(1)}.md'
-        if not path.is_file(): raise FileNotFoundError(f'{path}: README has a marker for it; run nbs/make_figures.ipynb')
+        if not path.is_file():
+            raise FileNotFoundError(f'{path}: README has a marker for it; run nbs/make_figures.ipynb')
         return f'<!-- table {m.group(1)} -->\n{path.read_text().rstrip()}\n<!-- end -->'
     return re.sub(r'<!-- table ([a-z0-9_]+) -->\n.*?<!-- end -->', block, text, flags=re.S)

@@ -166,10 +166,12 @@ def plot_calibration(record: dict, # pid_error
             ax.axhline(1, color='k', ls='--', lw=0.8)
             ax.axhline(0, color='0.8', lw=0.8, zorder=0)
             ax.set(xscale='log')
-            ax.minorticks_off(); ax.set_xticks(ns, [f'{n:,}' for n in ns])
+            ax.minorticks_off()
+            ax.set_xticks(ns, [f'{n:,}' for n in ns])
         axes[0, column].annotate(f'd = {d}', (0.97, 0.03), xycoords='axes fraction', ha='right', va='bottom', fontsize=8)
         axes[1, column].set_xlabel('samples')
-    for ax, atom in zip(axes[:, 0], ('redundancy', 'synergy')): ax.set_ylabel(atom)
+    for ax, atom in zip(axes[:, 0], ('redundancy', 'synergy')):
+        ax.set_ylabel(atom)
     fig.supylabel('estimate / truth', fontsize=8)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc='outside upper center', ncols=3, handlelength=1.8, columnspacing=1.5)
     return fig
@@ -204,11 +206,13 @@ def plot_speed(views: dict,  # view_speed
     def bars(ax, rows, label, digits=0):
         for i, (name, v, mine) in enumerate(rows):
             ax.barh(i, middle(v), color=ours if mine else others, height=0.7)
-            if len(v) > 1: ax.plot([min(v), max(v)], [i, i], color='k', lw=0.9)
+            if len(v) > 1:
+                ax.plot([min(v), max(v)], [i, i], color='k', lw=0.9)
             ax.annotate(f' {middle(v):,.{digits}f}', (max(v), i), va='center', fontsize=6.5)
         ax.set_yticks(range(len(rows)), [r[0] for r in rows], fontsize=6.5)
         ax.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6), xlim=(0, 1.2*max(max(v) for _, v, _ in rows)))
-        ax.xaxis.set_major_locator(plt.MaxNLocator(5)); ax.xaxis.set_major_formatter('{x:,.0f}')
+        ax.xaxis.set_major_locator(plt.MaxNLocator(5))
+        ax.xaxis.set_major_formatter('{x:,.0f}')
     bars(axes[0, 0], [(f'{side} ({policy})', [r['images_per_s'] for r in rs], side == 'pid_ssl') for policy, sides in views['rows'].items() for side, rs in sides.items()], 'views: images a second')
     for ax, (net, sides) in zip((axes[0, 1], axes[1, 0]), train['rows'].items()):
         unit, scale = ('s', 1) if max(r['s_per_step'] for rs in sides.values() for r in rs) > 2 else ('ms', 1e3)

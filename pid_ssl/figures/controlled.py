@@ -25,7 +25,8 @@ def reported(records: list, # of `controlled_benchmark`
     out, seen = [r for r in records if r.config['seed'] < 100], {}
     for r in out:
         arm, pairing, seed = key = tuple(r.config[k] for k in ('arm', 'pairing', 'seed'))
-        if key in seen: raise ValueError(f'arm {arm!r}, {pairing} pairs, seed {seed}: records {seen[key]} and {r.run_id}; accepted: one setting an arm (leave the other out, or give it a seed from 100)')
+        if key in seen:
+            raise ValueError(f'arm {arm!r}, {pairing} pairs, seed {seed}: records {seen[key]} and {r.run_id}; accepted: one setting an arm (leave the other out, or give it a seed from 100)')
         seen[key] = r.run_id
     return out
 
@@ -39,22 +40,27 @@ def measures(records: list, # of `controlled_benchmark`
         for q, parts in {'independent': {'R': ('R',), 'U': ('U1', 'U2')}, 'inside': {'S': ('S',)}}[r.config['pairing']].items():
             for probe, (_, k) in PROBES.items():
                 for arm, prefix in ((r.config['arm'], ''), ('untrained_pid_infonce' if (r.config['arm'], probe) == ('pid_infonce', 'fused') else 'untrained', 'control_')):
-                    if f'{prefix}test_{parts[0]}_{k}' not in m: continue  # an arm without a fused layer
+                    if f'{prefix}test_{parts[0]}_{k}' not in m:
+                        continue  # an arm without a fused layer
                     rows.append({'arm': arm, 'seed': r.config['seed'], 'question': q, 'probe': probe, 'accuracy': float(np.mean([m[f'{prefix}test_{p}_{k}'] for p in parts]))})
     out = pd.DataFrame(rows)
     return out.drop_duplicates(['arm', 'seed', 'question', 'probe']).reset_index(drop=True)
 
 def published_trifeature() -> dict: # method -> {R, U, S} in percent, its network, and where the numbers come from
     "Published values for orientation, from `data/published.csv`."
-    with open(project_root()/'data'/'published.csv', newline='') as f: rows = [r for r in csv.DictReader(f) if r['dataset'].startswith('Trifeature ')]
+    with open(project_root()/'data'/'published.csv', newline='') as f:
+        rows = [r for r in csv.DictReader(f) if r['dataset'].startswith('Trifeature ')]
     by = {m: [r for r in rows if r['method'] == m] for m in dict.fromkeys(r['method'] for r in rows)}
     once = lambda rs, k: '; '.join(dict.fromkeys(r[k] for r in rs))
     return {m: {**{r['dataset'][-1]: float(r['linear_top1']) for r in rs}, 'network': once(rs, 'backbone'), 'source': f"{once(rs, 'source')}: {once(rs, 'note')}"} for m, rs in by.items()}
 
 # %% ../../nbs/figures/83_controlled.ipynb #7c913c4e
-def _arms(data): return [a for a in (*ARMS, *CONTROLS) if a in set(data.arm)]
-def _label(arm): return {**ARMS, **CONTROLS}[arm]
-def _median(values, form): return format(np.median(values), form) if (values := [v for v in values if v is not None]) else ''
+def _arms(data):
+    return [a for a in (*ARMS, *CONTROLS) if a in set(data.arm)]
+def _label(arm):
+    return {**ARMS, **CONTROLS}[arm]
+def _median(values, form):
+    return format(np.median(values), form) if (values := [v for v in values if v is not None]) else ''
 
 def trifeature_table(records: list, # of `controlled_benchmark`
                     ):              # pandas DataFrame of text
@@ -83,7 +89,8 @@ def audit_table(records: list, # of `controlled_benchmark`
         row = {'arm': _label(arm)}
         for q, (_, pairing) in names.items():
             m = [{a: r.metrics[f'test_{q}_pid_infonce_{a}'] for a in ('redundancy', 'unique1', 'unique2', 'synergy')} for r in records if r.config['arm'] == arm and r.config['pairing'] == pairing]
-            if m: row |= {column(q): f'{np.mean([x[next(iter(TRUTH[q]))] for x in m]):.2f}', rest(q): f'{np.mean([sum(v for k, v in x.items() if k not in TRUTH[q]) for x in m]):.2f}'}
+            if m:
+                row |= {column(q): f'{np.mean([x[next(iter(TRUTH[q]))] for x in m]):.2f}', rest(q): f'{np.mean([sum(v for k, v in x.items() if k not in TRUTH[q]) for x in m]):.2f}'}
         rows.append(row)
     return pd.DataFrame(rows).fillna('')
 
@@ -97,9 +104,12 @@ def paired_table(records: list,            # of both arms
     wide, rows = measures(records).pivot_table(index=['question', 'probe', 'seed'], columns='arm', values='accuracy'), []
     for q in CHANCE:
         for probe in PROBES:
-            try: d = (wide[ours] - wide[baseline]).loc[q, probe].dropna()
-            except KeyError: continue  # no run for this question
-            if len(d) < 2: continue
+            try:
+                d = (wide[ours] - wide[baseline]).loc[q, probe].dropna()
+            except KeyError:
+                continue  # no run for this question
+            if len(d) < 2:
+                continue
             half = stats.t.ppf(0.975, len(d) - 1)*d.std(ddof=1)/len(d)**0.5
             rows.append({'comparison': f'{_label(ours)} - {_label(baseline)}', 'question': q, 'probe': PROBES[probe][0], 'paired seeds': str(len(d)), 'difference': f'{d.mean():+.2f}', '95 % interval': f'{d.mean() - half:+.2f} to {d.mean() + half:+.2f}'})
     return pd.DataFrame(rows)
@@ -115,12 +125,14 @@ def plot_trifeature(records: list, # of `controlled_benchmark`
     for ax, (q, chance) in zip(axes, CHANCE.items()):
         for probe, c, mark, face, shift in (('fused', green, 'D', green, 0.27), ('linear', blue, 'o', blue, 0.), ('mlp', orange, 'o', 'w', -0.27)):
             d = data[(data.question == q) & (data.probe == probe)]
-            for arm, v in d.groupby('arm').accuracy: ax.plot([v.mean()]*2, [arms.index(arm) + shift - 0.13, arms.index(arm) + shift + 0.13], color=c, lw=1.4, zorder=1)
+            for arm, v in d.groupby('arm').accuracy:
+                ax.plot([v.mean()]*2, [arms.index(arm) + shift - 0.13, arms.index(arm) + shift + 0.13], color=c, lw=1.4, zorder=1)
             ax.plot(d.accuracy, [arms.index(a) + shift for a in d.arm], mark, ms=2.5 if mark == 'D' else 3, mec=c, mfc=face, mew=0.7,
                     label={'fused': 'linear probe, fused layer', 'linear': 'linear probe, both encoders', 'mlp': 'MLP probe, both encoders'}[probe])
         ax.axvline(chance, ls=':', lw=0.8, color='0.5', label='chance')
         ax.set(xlabel=f'{q}: accuracy (%)', xlim=(min(chance, *data[data.question == q].accuracy) - 6, 103), ylim=(-0.6, len(arms) - 0.4))
-        for y in range(len(arms) - 1): ax.axhline(y + 0.5, color='0.93', lw=0.6, zorder=0)
+        for y in range(len(arms) - 1):
+            ax.axhline(y + 0.5, color='0.93', lw=0.6, zorder=0)
     axes[0].set_yticks(range(len(arms)), [_label(a) for a in arms])
     fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc='outside upper center', ncols=4, handletextpad=0.4, columnspacing=1.2)
     return fig

@@ -41,14 +41,17 @@ def plot_beta(records: list, # of loss pid that differ in beta and seed, and opt
         top.plot(betas, means[betas], color=c, lw=1.2)
         top.plot(data.beta, data[f'{split}_{key}'], 'o', ms=2.5, color=c, alpha=0.6, mew=0)
         top.annotate(name, (betas[-1], means[betas[-1]]), (betas[-1] + 0.05, means[betas[-1]]), color=c, fontsize=7, va='center', annotation_clip=False)
-        if len(others): top.axhline(others[f'{split}_{key}'].mean(), ls=':', lw=0.9, color=c)
+        if len(others):
+            top.axhline(others[f'{split}_{key}'].mean(), ls=':', lw=0.9, color=c)
     top.set(xlabel='beta', ylabel='accuracy (%)')
-    if len(others): top.annotate('dotted: Barlow Twins', (0.0, 1.03), xycoords='axes fraction', fontsize=6.5, color='0.35')
+    if len(others):
+        top.annotate('dotted: Barlow Twins', (0.0, 1.03), xycoords='axes fraction', fontsize=6.5, color='0.35')
     a, c = (data[f'{split}_pid_coordinate_{k}'] for k in 'ac')
     for name, v, style, colour_ in (('a', a, '-', 'C3'), ('c', c, '-', 'C4'), ('floor a²', a**2, '--', '0.5')):
         y = v.groupby(data.beta).mean()[betas]
         bottom.plot(betas, y, style, color=colour_, lw=1.2)
-        if style == '-': bottom.plot(data.beta, v, 'o', ms=2.5, color=colour_, alpha=0.6, mew=0)
+        if style == '-':
+            bottom.plot(data.beta, v, 'o', ms=2.5, color=colour_, alpha=0.6, mew=0)
         bottom.annotate(name, (betas[-1], y[betas[-1]]), (betas[-1] + 0.05, y[betas[-1]]), color=colour_, fontsize=7, va='center', annotation_clip=False)
     bottom.set(xlabel='beta', ylabel='correlation, held-out views')
     return fig
@@ -97,7 +100,8 @@ def paired_rows(records: list, # of one preset and split: defaults of each loss,
             for (epochs, a), (length, b) in itertools.product(*(here[here.loss == loss].groupby('epochs') for loss in (ours, baseline))):
                 a, b = a.set_index('seed'), b.set_index('seed')
                 seeds = a.index.intersection(b.index)
-                if len(seeds) < 2: continue
+                if len(seeds) < 2:
+                    continue
                 a, b = a.loc[seeds], b.loc[seeds]
                 passes = (a.image_passes.mean(), b.image_passes.mean())
                 equal = 'equal passes' if abs(passes[0]/passes[1] - 1) < 0.02 else 'equal epochs' if epochs == length else 'neither'
@@ -134,14 +138,16 @@ def plot_headline(records: list, # as for `paired_rows`
     fig, axes = plt.subplots(1, len(pairs), figsize=(2*WIDTH, 0.9 + 0.16*len(names)*len(datasets)), sharex=True, sharey=True, squeeze=False)
     for ax, (ours, baseline) in zip(axes[0], pairs):
         for r in found:
-            if (r['ours'], r['baseline']) != (ours, baseline): continue
+            if (r['ours'], r['baseline']) != (ours, baseline):
+                continue
             i, d = datasets.index(r['dataset']), r['differences']
             y, half = names.index(r['metric']) + 0.7*((i + 0.5)/len(datasets) - 0.5), half_width(d)
             ax.plot([d.mean() - half, d.mean() + half], [y, y], color=f'C{i}', lw=1)
             ax.plot(d, [y]*len(d), 'o', ms=2, color=f'C{i}', alpha=0.5, mew=0)
             ax.plot(d.mean(), y, 'o', ms=4, color=f'C{i}', mew=0, label=f"{SHORT.get(r['dataset'], r['dataset'])} ({number[r['dataset']]})")
         ax.axvline(0, ls=':', lw=0.9, color='0.4')
-        for j in range(1, len(names)): ax.axhline(j - 0.5, lw=0.4, color='0.88', zorder=0)
+        for j in range(1, len(names)):
+            ax.axhline(j - 0.5, lw=0.4, color='0.88', zorder=0)
         ax.set(title=f'{NAMES[ours]}\nless {NAMES[baseline]}', yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel='points')
         ax.title.set_fontsize(7.5)
     handles = {h.get_label(): h for ax in axes[0] for h in ax.lines if not h.get_label().startswith('_')}

@@ -51,10 +51,12 @@ def by_training(records: list, # of `downstream`
     "Records by the dataset that their encoder was pretrained on. Raw pixels stand beside every encoder that was measured in the same way, else under the dataset that they are from."
     out, pixels = {}, [r for r in records if r.config['weights'] == 'pixels']
     for r in records:
-        if r.config['weights'] != 'pixels': out.setdefault(r.provenance['encoder']['dataset'], []).append(r)
+        if r.config['weights'] != 'pixels':
+            out.setdefault(r.provenance['encoder']['dataset'], []).append(r)
     beside = {id(r): [d for d, rs in out.items() if any(_asked(o) == _asked(r) for o in rs)] or [r.config['dataset']] for r in pixels}
     for r in pixels:
-        for dataset in beside[id(r)]: out.setdefault(dataset, []).append(r)
+        for dataset in beside[id(r)]:
+            out.setdefault(dataset, []).append(r)
     return dict(sorted(out.items()))
 
 def _one_each(places):
@@ -69,7 +71,8 @@ def _one_each(places):
 def _metric(record, end):
     split = record.config['eval_on']
     for k, v in record.metrics.items():  # the number of neighbours is clipped in small sets
-        if k == f'{split}_{end}' or end == 'knn_cosine' and k.startswith(f'{split}_knn') and k.endswith('_cosine'): return v
+        if k == f'{split}_{end}' or end == 'knn_cosine' and k.startswith(f'{split}_knn') and k.endswith('_cosine'):
+            return v
     raise ValueError(f"record {record.run_id}: no metric {split}_{end} among {', '.join(record.metrics)}; accepted: a record of task {record.config['task']} as `run_downstream` writes it")
 
 def measures(records: list, # of `downstream`
@@ -107,8 +110,10 @@ def paired_difference(ours: object,     # pandas Series of one measure, by seed
                      ) -> str:
     "Mean difference over the seeds both have, its 95 % interval, and the number of seeds."
     d = (ours - baseline).dropna()
-    if not len(d): return ''
-    if len(d) == 1: return f'{d.mean():+.2f} (1)'
+    if not len(d):
+        return ''
+    if len(d) == 1:
+        return f'{d.mean():+.2f} (1)'
     half = half_width(d)
     return f'{d.mean():+.2f} [{d.mean() - half:+.2f}, {d.mean() + half:+.2f}] ({len(d)})'
 
@@ -139,9 +144,11 @@ def plot_downstream(records: list, # of `downstream`, encoders trained on one da
         for j, name in enumerate(names):
             d, y = (wide.loc[name, m] - wide.loc[name, 'untrained']).dropna(), j + 0.6*((i + 0.5)/len(methods) - 0.5)
             ax.plot(d, [y]*len(d), 'o', ms=2, color=colour(m), alpha=0.5, mew=0)
-            if len(d): ax.plot(d.mean(), y, 'o', ms=4, color=colour(m), mew=0, label=NAMES[m])
+            if len(d):
+                ax.plot(d.mean(), y, 'o', ms=4, color=colour(m), mew=0, label=NAMES[m])
     ax.axvline(0, ls=':', lw=0.9, color='0.4')
-    for j in range(1, len(names)): ax.axhline(j - 0.5, lw=0.4, color='0.88', zorder=0)
+    for j in range(1, len(names)):
+        ax.axhline(j - 0.5, lw=0.4, color='0.88', zorder=0)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel='difference from the untrained network (points)')
     handles = {h.get_label(): h for h in ax.lines if not h.get_label().startswith('_')}
     ax.legend(handles.values(), handles, frameon=False, loc='lower center', bbox_to_anchor=(0.4, 1), ncols=3, handletextpad=0.2, columnspacing=1.)
@@ -154,9 +161,12 @@ def downstream_caption(records: list, # of one figure
     epochs = sorted({a['epochs'] for a in about if a.get('epochs')})
     train, size = sorted({a['train_size'] for a in about if a.get('train_size')}), sorted({a['image_size'] for a in about if a.get('image_size')})
     text = f"Encoders pretrained on {names(a.get('dataset') for a in about)}"
-    if epochs: text += f" for {' or '.join(map(str, epochs))} epochs"
-    if train: text += f", {' or '.join(f'{n:,}' for n in train)} images"
-    if size: text += f" at {' or '.join(map(str, size))} px"
+    if epochs:
+        text += f" for {' or '.join(map(str, epochs))} epochs"
+    if train:
+        text += f", {' or '.join(f'{n:,}' for n in train)} images"
+    if size:
+        text += f" at {' or '.join(map(str, size))} px"
     chosen = "; the linear probe's C is chosen on all validation labels" if any(r.config['task'] == 'low_label' for r in records) else ''
     return f"{text}; data: {', '.join(sorted({r.provenance['dataset_note'] for r in records}))}; {' and '.join(sorted({r.config['eval_on'] for r in records}))} split{chosen}; number of encoders (seeds) in brackets; {', '.join(sorted({r.provenance['device_name'] for r in records}))}."
 
@@ -185,9 +195,12 @@ def plot_pair_beta(records: list, # of task two_view: encoders of pid that diffe
             ax.plot(means.index, means[key], color=c, lw=1.2)
             ax.plot(data.beta, data[key], 'o', ms=2.5, color=c, alpha=0.6, mew=0)
             ax.annotate(name, (means.index[-1], means[key].iloc[-1]), (means.index[-1] + 0.06, means[key].iloc[-1]), color=c, fontsize=7, va='center', annotation_clip=False)
-            if len(barlow): ax.axhline(barlow[key].mean(), ls=':', lw=0.9, color=c)
-    left.set(xlabel='beta', ylabel='linear accuracy (%)'); right.set(xlabel='beta', ylabel='gain of the pair (points)')
-    if len(barlow): left.annotate('dotted: Barlow Twins', (0.0, 1.03), xycoords='axes fraction', fontsize=6.5, color='0.35')
+            if len(barlow):
+                ax.axhline(barlow[key].mean(), ls=':', lw=0.9, color=c)
+    left.set(xlabel='beta', ylabel='linear accuracy (%)')
+    right.set(xlabel='beta', ylabel='gain of the pair (points)')
+    if len(barlow):
+        left.annotate('dotted: Barlow Twins', (0.0, 1.03), xycoords='axes fraction', fontsize=6.5, color='0.35')
     return fig
 
 def pair_beta_table(records: list, # of task two_view, as for `plot_pair_beta`
@@ -196,7 +209,8 @@ def pair_beta_table(records: list, # of task two_view, as for `plot_pair_beta`
     _, _, pd = plotting()
     data, barlow = _by_beta(records)
     rows = [{'beta': f'{b:g}', 'seeds': str(len(d)), **{k: spread(d[k]) for keys in _PAIR.values() for k in keys}} for b, d in data.groupby('beta')]
-    if len(barlow): rows.append({'beta': 'Barlow Twins', 'seeds': str(len(barlow)), **{k: spread(barlow[k]) for keys in _PAIR.values() for k in keys}})
+    if len(barlow):
+        rows.append({'beta': 'Barlow Twins', 'seeds': str(len(barlow)), **{k: spread(barlow[k]) for keys in _PAIR.values() for k in keys}})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/figures/85_downstream.ipynb #4c1b4c47
@@ -230,7 +244,8 @@ def published_table(rows: str,    # text of data/published.csv
     _, _, pd = plotting()
     out = []
     for r in csv.DictReader(io.StringIO(rows)):
-        if r['dataset'] not in datasets: continue
+        if r['dataset'] not in datasets:
+            continue
         how = '; '.join(filter(None, (r['note'], r['knn_protocol'] and f"kNN: {r['knn_protocol']}")))
         out.append({'dataset': r['dataset'], 'method': r['method'], 'network': r['backbone'], 'epochs': r['epochs'], 'batch': r['batch_size'], 'linear': r['linear_top1'], 'kNN': r['knn_top1'], 'how it was measured': how, 'source': r['source']})
     return pd.DataFrame(out).sort_values(['dataset', 'method'], kind='stable').reset_index(drop=True)

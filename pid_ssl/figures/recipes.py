@@ -22,7 +22,8 @@ def settings_of(record: RunRecord, # of a run
     names = [k for k in (*mine, *plain) if mine.get(k) != plain.get(k)]
     out = dict(loss=c.loss, dataset=c.dataset, preset=c.preset, eval_on=c.eval_on, seed=c.seed)
     # the betas of a curve include the preset's
-    if c.loss == 'pid': out['beta'] = c.beta
+    if c.loss == 'pid':
+        out['beta'] = c.beta
     return out | {k: value_of(c, k) for k in names}
 
 def sweeps(records: list, # of `RunRecord`
@@ -58,14 +59,17 @@ def recipe_table(records: list, # of `RunRecord`
         # runs that were chosen one by one, as ablations are, stand together
         found, single = [], {}
         for sweep, runs in sweeps(mine):
-            if len(runs) > 1: found.append((sweep, runs))
-            else: single.setdefault((sweep['loss'], sweep['eval_on'], runs[0].config['epochs']), []).append((sweep, runs[0]))
+            if len(runs) > 1:
+                found.append((sweep, runs))
+            else:
+                single.setdefault((sweep['loss'], sweep['eval_on'], runs[0].config['epochs']), []).append((sweep, runs[0]))
         for (loss, split, epochs), parts in single.items():
             common = {k: v for k, v in parts[0][0].items() if all(s.get(k) == v for s, _ in parts)}
             settings = len({str({**s, 'seed': None}) for s, _ in parts})
             more = {} if len(parts) == 1 else {'...': f"{settings} settings{'' if settings == len(parts) else f' in {len(parts)} runs'}, see its table"}
             found.append((common | more, [r for _, r in parts]))
-        for sweep, runs in found: rows.setdefault(repr(sweep), (sweep, runs, []))[2].append(name)
+        for sweep, runs in found:
+            rows.setdefault(repr(sweep), (sweep, runs, []))[2].append(name)
     out = []
     for sweep, runs, names in rows.values():
         seconds = [r.provenance['train_seconds'] for r in runs]

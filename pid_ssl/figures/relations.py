@@ -37,8 +37,10 @@ def plot_plane(records: list, # of one dataset; one setting a loss
     panels = {'redundancy R': ((0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7), lambda v: (1 - np.exp(-2*v))**0.5), 'synergy S': ((0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25), lambda v: (np.exp(2*v) - 1)**0.5)}
     for ax, (name, (levels, meets)), atom in zip(axes, panels.items(), scalar_atoms(a, c)):
         labelled = {v: m for v in levels if left < (m := meets(v)) < right - 0.06 and bottom + 0.04 < m*m < top}
-        if labelled: ax.contour(a, c, np.where(c >= a*a, atom, np.nan), list(labelled), colors='0.7', linewidths=0.7)
-        for v, m in labelled.items(): ax.annotate(f'{v:g}', (m, m*m), (3, -3), textcoords='offset points', va='top', fontsize=6.5, color='0.35')
+        if labelled:
+            ax.contour(a, c, np.where(c >= a*a, atom, np.nan), list(labelled), colors='0.7', linewidths=0.7)
+        for v, m in labelled.items():
+            ax.annotate(f'{v:g}', (m, m*m), (3, -3), textcoords='offset points', va='top', fontsize=6.5, color='0.35')
         ax.plot(x, x**2, color='k', lw=1)
         ax.fill_between(x, x**2, bottom, where=x**2 >= bottom, color='0.93', lw=0)
         for loss, runs in paths.items():
@@ -79,17 +81,20 @@ def spearman_interval(x: np.ndarray,      # one number a setting
     "Spearman's rank correlation with a percentile bootstrap over settings; nan for fewer than four."
     from scipy.stats import rankdata
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if len(x) < 4: return (np.nan,)*3
+    if len(x) < 4:
+        return (np.nan,)*3
     rng = np.random.default_rng(seed)
     rows = np.vstack([np.arange(len(x)), rng.integers(len(x), size=(draws, len(x)))])
     rx, ry = (rankdata(v[rows], axis=1) for v in (x, y))
     rx, ry = (v - v.mean(1, keepdims=True) for v in (rx, ry))
-    with np.errstate(invalid='ignore'): rho = (rx*ry).sum(1)/np.sqrt((rx**2).sum(1)*(ry**2).sum(1))  # nan where one setting was drawn throughout
+    with np.errstate(invalid='ignore'):
+        rho = (rx*ry).sum(1)/np.sqrt((rx**2).sum(1)*(ry**2).sum(1))  # nan where one setting was drawn throughout
     return float(rho[0]), *map(float, np.nanpercentile(rho[1:], (2.5, 97.5)))
 
 def _families(means):
     curve = means[(means.loss == 'pid') & means.setting.str.fullmatch(r'default|beta = [^,]+')]
-    if len(curve): curve = curve[curve.epochs == curve.epochs.mode().iloc[0]]  # one length, that of most settings
+    if len(curve):
+        curve = curve[curve.epochs == curve.epochs.mode().iloc[0]]  # one length, that of most settings
     return {'all settings': means, 'losses': means[means.setting == 'default'], 'beta curve': curve}
 
 def plot_relation(records: list, # of one dataset, preset and split
@@ -140,7 +145,8 @@ def relation_table(records: list, # of one dataset, preset and split
     _, _, pd = plotting()
     rows = []
     for family, d in _families(setting_means(records)).items():
-        if len(d) < 4: continue
+        if len(d) < 4:
+            continue
         for atom, name in ATOM_KEYS.items():
             cell = lambda k: '{:+.2f} ({:+.2f} to {:+.2f})'.format(*spearman_interval(d[atom], d[k]))
             rows.append({'over': family, 'settings': str(len(d)), 'runs': str(int(d.seeds.sum())), 'of': name, **{f'with {label}': cell(k) for k, label in PANELS.items()}})
@@ -170,7 +176,8 @@ def plot_strength(records: list, # of one dataset, preset and split that differ 
         for loss in [x for x in NAMES if x in set(data.loss)]:
             d = data[data.loss == loss]
             at = {places.index(p): v.set_index('seed')[f'{split}_{key}'] for p, v in d.groupby('policy')}
-            for x, v in at.items(): ax.plot([x]*len(v), v, 'o', ms=2.5, mew=0, alpha=0.6, color=colour(loss))
+            for x, v in at.items():
+                ax.plot([x]*len(v), v, 'o', ms=2.5, mew=0, alpha=0.6, color=colour(loss))
             common = sorted(set.intersection(*(set(v.index) for v in at.values())))
             ax.plot(sorted(at), [at[x].loc[common].mean() for x in sorted(at)], color=colour(loss), lw=1.2, label=f'{NAMES[loss]} ({len(common)})')
         ax.set(xlabel='augmentation', ylabel=label, xlim=(-0.3, len(places) - 0.7))

@@ -27,10 +27,14 @@ PAIRING = {'ema_clean': 'draw', 'ema_third': 'draw', 'ema_view': 'cross', 'mean_
 def build_loss(config: Config, # resolved
               ) -> SSLLoss:    # on the CPU
     "The loss a config names, with the config's settings."
-    if config.loss not in LOSSES: raise ConfigError('loss', config.loss, ', '.join(LOSSES))
+    if config.loss not in LOSSES:
+        raise ConfigError('loss', config.loss, ', '.join(LOSSES))
     kind = LOSSES[config.loss]
     args = {k: getattr(config, k) for k in _ARGUMENTS[config.loss]}
-    if issubclass(kind, TargetLoss): args['pairing'] = PAIRING[config.target]
-    if kind is BYOL or config.loss == 'pid' and config.estimator == 'infonce': args['dim'] = config.projector_dim
-    if kind is BYOL: args['hidden'] = config.projector_hidden
+    if issubclass(kind, TargetLoss):
+        args['pairing'] = PAIRING[config.target]
+    if kind is BYOL or config.loss == 'pid' and config.estimator == 'infonce':
+        args['dim'] = config.projector_dim
+    if kind is BYOL:
+        args['hidden'] = config.projector_hidden
     return kind(**args)

@@ -60,24 +60,30 @@ class RunningMean(nn.Module):
                  momentum: float = 0.9, # 0: the last input itself; the first steps are a plain average
                 ):
         super().__init__()
-        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1: raise ConfigError('covariance_momentum', momentum, 'a number from 0, less than 1')
+        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
+            raise ConfigError('covariance_momentum', momentum, 'a number from 0, less than 1')
         self.momentum = float(momentum)
-        self.register_buffer('mean', torch.zeros(0)); self.register_buffer('count', torch.zeros(()))
+        self.register_buffer('mean', torch.zeros(0))
+        self.register_buffer('count', torch.zeros(()))
 
     def forward(self,
                 x: torch.Tensor,  # any shape, always the same
                ) -> torch.Tensor: # same shape
         "Average so far, updated with x when training."
-        if not self.momentum: return x
-        if self.mean.shape != x.shape: self.mean = torch.zeros_like(x, requires_grad=False)
+        if not self.momentum:
+            return x
+        if self.mean.shape != x.shape:
+            self.mean = torch.zeros_like(x, requires_grad=False)
         m = torch.clamp(self.count/(self.count + 1), max=self.momentum).to(x.dtype)
         mean = m*self.mean + (1 - m)*x.detach()
-        if self.training: self.mean, self.count = mean, self.count + 1
+        if self.training:
+            self.mean, self.count = mean, self.count + 1
         return mean + x - x.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # the shape is known only once data has been seen
-        if prefix + 'mean' in state_dict: self.mean = torch.zeros_like(state_dict[prefix + 'mean'], device=self.count.device)
+        if prefix + 'mean' in state_dict:
+            self.mean = torch.zeros_like(state_dict[prefix + 'mean'], device=self.count.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 # %% ../../nbs/losses/51_base.ipynb #52d9e632
@@ -119,11 +125,15 @@ class SSLLoss(nn.Module):
                 target2: torch.Tensor | None = None, # (n, d) second draw of the target; default: the target is a function of the image
                ) -> torch.Tensor:                    # scalar
         "The loss over the batch of all processes; raises `ValueError` on shapes that do not fit and on a missing target."
-        if z1.ndim != 2 or z1.shape != z2.shape: raise ValueError(f"z1, z2: got shapes {tuple(z1.shape)} and {tuple(z2.shape)}; accepted: the same (n, d) twice")
-        if len(z1) < 2: raise ValueError(f"z1: got a batch of {len(z1)}; accepted: at least 2 samples, the statistics are over the batch")
-        if self.wants_target and target is None: raise ValueError(f"target: got None; accepted: an (n, d) tensor, {type(self).__name__} compares the views with a target")
+        if z1.ndim != 2 or z1.shape != z2.shape:
+            raise ValueError(f"z1, z2: got shapes {tuple(z1.shape)} and {tuple(z2.shape)}; accepted: the same (n, d) twice")
+        if len(z1) < 2:
+            raise ValueError(f"z1: got a batch of {len(z1)}; accepted: at least 2 samples, the statistics are over the batch")
+        if self.wants_target and target is None:
+            raise ValueError(f"target: got None; accepted: an (n, d) tensor, {type(self).__name__} compares the views with a target")
         for name, t in (('target', target), ('target2', target2)):
-            if t is not None and t.shape != z1.shape: raise ValueError(f"{name}: got shape {tuple(t.shape)}; accepted: {tuple(z1.shape)}, that of z1")
+            if t is not None and t.shape != z1.shape:
+                raise ValueError(f"{name}: got shape {tuple(t.shape)}; accepted: {tuple(z1.shape)}, that of z1")
         with torch.autocast(z1.device.type, enabled=False):
             up = lambda t: None if t is None else gather(t if t.dtype == torch.float64 else t.float())
             targets = (None if t is None else up(t.detach()) for t in (target, target2)) if self.needs_target else ()

@@ -34,9 +34,11 @@ def whiten(z: torch.Tensor,   # (m, d), m > d
     "Cholesky whitening (Siarohin et al. 2019); raises `ValueError` when the covariance is singular."
     z = z - z.mean(0)
     cov = z.T @ z/(len(z) - 1)
-    if eps: cov = cov + eps*torch.eye(len(cov), dtype=z.dtype, device=z.device)
+    if eps:
+        cov = cov + eps*torch.eye(len(cov), dtype=z.dtype, device=z.device)
     factor, info = torch.linalg.cholesky_ex(cov)
-    if info: raise ValueError(f"covariance of a sub-batch of {len(z)} samples in {z.shape[1]} dimensions is singular (leading minor {int(info)}): the embedding has collapsed or the sub-batch is too small; use whitening_size of at least twice the dimension, or eps > 0")
+    if info:
+        raise ValueError(f"covariance of a sub-batch of {len(z)} samples in {z.shape[1]} dimensions is singular (leading minor {int(info)}): the embedding has collapsed or the sub-batch is too small; use whitening_size of at least twice the dimension, or eps > 0")
     return torch.linalg.solve_triangular(factor, z.T, upper=False).T
 
 def distance(w1: torch.Tensor,  # (m, d)
@@ -61,14 +63,17 @@ class WMSE(SSLLoss):
         "Random sub-batches, the same rows of every input, each input whitened by itself."
         n, d = zs[0].shape
         size = min(self.whitening_size, n)
-        if size < 2*d: raise ConfigError('whitening_size', size, f'at least twice the dimension, so from {2*d} (and a batch as large)')
+        if size < 2*d:
+            raise ConfigError('whitening_size', size, f'at least twice the dimension, so from {2*d} (and a batch as large)')
         for _ in range(self.whitening_iters):
             order = torch.randperm(n, device=zs[0].device)[:n//size*size]
             for part, rows in enumerate(order.split(size), 1):
                 out = []
                 for name, z in zip(('view 1', 'view 2', 'target', 'second target', 'third target'), zs):
-                    try: out.append(whiten(z[rows], self.eps))
-                    except ValueError as e: raise ValueError(f'{name}, sub-batch {part} of {n//size}: {e}') from None
+                    try:
+                        out.append(whiten(z[rows], self.eps))
+                    except ValueError as e:
+                        raise ValueError(f'{name}, sub-batch {part} of {n//size}: {e}') from None
                 yield out
 
     def compute(self, z1, z2):
@@ -126,8 +131,10 @@ class BYOL(SSLLoss):
         self.predictor = nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim))
 
     def compute(self, z1, z2, t1, t2):
-        if t2 is None: raise ValueError("target2: got None; accepted: an (n, d) tensor, BYOL needs the teacher's embedding of both views")
-        if z1.shape[1] != self.predictor[0].in_features: raise ValueError(f"z1: got {z1.shape[1]} columns; accepted: {self.predictor[0].in_features}, the `dim` of the predictor")
+        if t2 is None:
+            raise ValueError("target2: got None; accepted: an (n, d) tensor, BYOL needs the teacher's embedding of both views")
+        if z1.shape[1] != self.predictor[0].in_features:
+            raise ValueError(f"z1: got {z1.shape[1]} columns; accepted: {self.predictor[0].in_features}, the `dim` of the predictor")
         weight = self.predictor[0].weight
         p1, p2 = self.predictor(torch.cat([z1, z2]).to(weight.dtype)).to(z1.dtype).chunk(2)
         loss = distance(p1, t2) + distance(p2, t1)

@@ -24,7 +24,8 @@ class TargetLoss(SSLLoss):
                  pairing: str = 'draw', # how target and target2 are used: draw, mean or cross
                 ):
         super().__init__()
-        if pairing not in PAIRINGS: raise ConfigError('pairing', pairing, ', '.join(PAIRINGS))
+        if pairing not in PAIRINGS:
+            raise ConfigError('pairing', pairing, ', '.join(PAIRINGS))
         self.pairing, self._calls, self._unequal = pairing, 0, 0.
 
     @property
@@ -38,13 +39,16 @@ class TargetLoss(SSLLoss):
                ) -> tuple:               # standardised target of view 1, of view 2, and the (d,) correlation of two draws
         "The targets as `pairing` uses them."
         if t2 is None:
-            if self.pairing != 'draw': raise ValueError(f"target2: got None; accepted: an (n, d) tensor, pairing {self.pairing!r} uses two targets")
+            if self.pairing != 'draw':
+                raise ValueError(f"target2: got None; accepted: an (n, d) tensor, pairing {self.pairing!r} uses two targets")
             t1 = standardise(t1)
             return t1, t1, torch.ones_like(t1[0])
         t1, t2 = standardise(t1), standardise(t2)
         c_t = (t1*t2).mean(0)
-        if self.pairing == 'draw': return t1, t1, c_t
-        if self.pairing == 'cross': return t2, t1, c_t
+        if self.pairing == 'draw':
+            return t1, t1, c_t
+        if self.pairing == 'cross':
+            return t2, t1, c_t
         mean = standardise(t1 + t2)
         return mean, mean, 2*c_t/(1 + c_t).clamp(min=1e-6)
 
@@ -55,7 +59,8 @@ class TargetLoss(SSLLoss):
              ) -> None:
         "Warn once when view 1 and view 2 are not exchangeable."
         self._calls += 1
-        if self._calls % 10 or self._unequal is None: return
+        if self._calls % 10 or self._unequal is None:
+            return
         d = p1 - p2
         # (mean / standard error)^2: 1 on average when the two views are exchangeable
         z = (len(d)*d.mean(0).square()/d.var(0).clamp(min=1e-12)).mean()
@@ -95,16 +100,23 @@ class PIDLoss(TargetLoss):
                  width: int = 256,                 # of the critics' hidden layers
                 ):
         super().__init__(pairing)
-        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not abs(beta) <= 10: raise ConfigError('beta', beta, 'a number from -10 to 10')
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not abs(beta) <= 10:
+            raise ConfigError('beta', beta, 'a number from -10 to 10')
         for name, value, choices in (('estimator', estimator, ('coordinate', 'gaussian', 'infonce')), ('reduction', reduction, ('sum', 'mean')), ('phase_one', phase_one, ('barlow', 'beta'))):
-            if value not in choices: raise ConfigError(name, value, ', '.join(choices))
-        if isinstance(shrinkage, bool) or not isinstance(shrinkage, (int, float)) or not 0 < shrinkage < 1: raise ConfigError('shrinkage', shrinkage, 'a number between 0 and 1, both excluded')
-        if pairing == 'cross' and estimator != 'coordinate': raise ConfigError('pairing', pairing, f'draw, mean with estimator {estimator}: the joint information needs one target for both views')
-        if estimator == 'infonce' and dim is None: raise ConfigError('dim', dim, 'the width of the embedding, with estimator infonce')
+            if value not in choices:
+                raise ConfigError(name, value, ', '.join(choices))
+        if isinstance(shrinkage, bool) or not isinstance(shrinkage, (int, float)) or not 0 < shrinkage < 1:
+            raise ConfigError('shrinkage', shrinkage, 'a number between 0 and 1, both excluded')
+        if pairing == 'cross' and estimator != 'coordinate':
+            raise ConfigError('pairing', pairing, f'draw, mean with estimator {estimator}: the joint information needs one target for both views')
+        if estimator == 'infonce' and dim is None:
+            raise ConfigError('dim', dim, 'the width of the embedding, with estimator infonce')
         self.beta, self.estimator, self.shrinkage, self.decorrelation = float(beta), estimator, float(shrinkage), check_weight('decorrelation', decorrelation)
         self.reduction, self.phase_one = reduction, phase_one
         self.pair, self.single = RunningMean(covariance_momentum), RunningMean(covariance_momentum)
-        if estimator == 'infonce': dim, width = check_integer('dim', dim), check_integer('width', width); self.critics = InfoNCECritics(dim, dim, dim, width=width, d_score=min(dim, 64))
+        if estimator == 'infonce':
+            dim, width = check_integer('dim', dim), check_integer('width', width)
+            self.critics = InfoNCECritics(dim, dim, dim, width=width, d_score=min(dim, 64))
 
     @property
     def wants_target(self) -> bool: # at the present strength
@@ -123,7 +135,9 @@ class PIDLoss(TargetLoss):
         keep, (n, d) = 1 - self.shrinkage, x1.shape
         if self.estimator == 'coordinate':
             # crossed targets do not come from one correlation matrix: lift c to where they could
-            if self.pairing == 'cross': a = a.mean(0).expand(2, d); c = c + (2*a[0].square() - 1 + 1e-3 - c).clamp(min=0).detach()
+            if self.pairing == 'cross':
+                a = a.mean(0).expand(2, d)
+                c = c + (2*a[0].square() - 1 + 1e-3 - c).clamp(min=0).detach()
             return tuple(i.sum() for i in scalar_information(keep*a[0], keep*a[1], keep*c))
         if self.estimator == 'gaussian':
             x = torch.cat([x1, x2, t], 1)
@@ -142,7 +156,8 @@ class PIDLoss(TargetLoss):
     def compute(self, z1, z2, t1, t2):
         x1, x2 = standardise(z1), standardise(z2)
         gram = cross_correlation(x1, x2)
-        if self.estimator != 'gaussian' and self.wants_target: gram = self.pair(gram)
+        if self.estimator != 'gaussian' and self.wants_target:
+            gram = self.pair(gram)
         c, off = gram.diagonal(), off_diagonal(gram).square().sum()
         if not self.wants_target:
             on = (1 - c).square().sum()
@@ -155,9 +170,13 @@ class PIDLoss(TargetLoss):
         i1, i2, i12 = self.informations(x1, x2, s1, a, c, beta)
         loss = -i12 + beta*(i1 + i2 - i12)
         # the value is L_beta; infonce's gradients come from the bounds, signs already in place
-        if self.estimator == 'infonce': climb = -(i1 + i2 + i12); loss = loss.detach() + climb - climb.detach()
-        if self.reduction == 'mean': loss = loss/z1.shape[1]
-        if self.phase_one == 'barlow' and self.strength < 1: loss = self.strength*loss + (1 - self.strength)*(1 - c).square().sum()
+        if self.estimator == 'infonce':
+            climb = -(i1 + i2 + i12)
+            loss = loss.detach() + climb - climb.detach()
+        if self.reduction == 'mean':
+            loss = loss/z1.shape[1]
+        if self.phase_one == 'barlow' and self.strength < 1:
+            loss = self.strength*loss + (1 - self.strength)*(1 - c).square().sum()
         loss = loss + self.decorrelation*off
         return loss, dict(i1=i1, i2=i2, i12=i12, feature_redundancy=off, a1=a[0].mean(), a2=a[1].mean(), c=c.mean(), c_t=c_t.mean())
 
@@ -179,9 +198,11 @@ class PIDBarlowTwins(TargetLoss):
                  pairing: str = 'draw',      # see `TargetLoss`
                 ):
         super().__init__(pairing)
-        if isinstance(kappa, bool) or not isinstance(kappa, (int, float)) or not 0 <= kappa <= 1: raise ConfigError('kappa', kappa, 'a number from 0 to 1')
+        if isinstance(kappa, bool) or not isinstance(kappa, (int, float)) or not 0 <= kappa <= 1:
+            raise ConfigError('kappa', kappa, 'a number from 0 to 1')
         for name, value, choices in (('tau', tau, ('explained', 'constant')), ('excess', excess, ('two_sided', 'one_sided'))):
-            if value not in choices: raise ConfigError(name, value, ', '.join(choices))
+            if value not in choices:
+                raise ConfigError(name, value, ', '.join(choices))
         self.lambda_param, self.w_t, self.kappa, self.tau, self.excess = check_weight('lambda_param', lambda_param), check_weight('w_t', w_t), float(kappa), tau, excess
 
     def compute(self, z1, z2, t1, t2):
@@ -218,11 +239,13 @@ class PIDWMSE(TargetLoss, WMSE):
         TargetLoss.__init__(self, pairing)
         WMSE.__init__(self, whitening_size, whitening_iters, eps)
         self.pairing, self._calls, self._unequal = pairing, 0, 0.
-        if pairing == 'cross' and w_r: raise ConfigError('w_r', w_r, '0 with pairing cross: the floor needs one target for both views')
+        if pairing == 'cross' and w_r:
+            raise ConfigError('w_r', w_r, '0 with pairing cross: the floor needs one target for both views')
         self.w_t, self.w_r = check_weight('w_t', w_t), check_weight('w_r', w_r)
 
     def compute(self, z1, z2, t1, t2):
-        if not self.wants_target: return WMSE.compute(self, z1, z2)
+        if not self.wants_target:
+            return WMSE.compute(self, z1, z2)
         s1, s2, _ = self.targets(t1, t2)
         self.watch(standardise(z1)*s1, standardise(z2)*s2)
         # the draws beside the target serve c_T; crossed targets are each other's second draw
@@ -236,7 +259,8 @@ class PIDWMSE(TargetLoss, WMSE):
             # as in an adjusted R²: what d of m - 1 directions leave over, counted over all of them
             a2 = c - (c - a2)*(m - 1)/(m - 1 - d)
             c_t = (more[-2] if self.pairing == 'mean' else wt).mul(more[-1]).sum()/d/(m - 1) if more else torch.ones_like(a2)
-            if self.pairing == 'mean': c_t = 2*c_t/(1 + c_t).clamp(min=1e-6)
+            if self.pairing == 'mean':
+                c_t = 2*c_t/(1 + c_t).clamp(min=1e-6)
             floor = 2*(1 - explained(a2, torch.ones_like(a2), c_t))
             rows.append(torch.stack([mse, (distance(w1, wt) + distance(w2, wu))/2, floor, (floor - mse).clamp(min=0), a2.detach(), c_t.detach()]))
         mse, target, floor, excess, a2, c_t = torch.stack(rows).mean(0)

@@ -17,23 +17,30 @@ from ..records import git_state
 def parameter_comments(thing: object, # a function, or a dataclass
                       ) -> dict:      # name -> comment; `return` for the result
     "The comments beside the parameters of a function or the fields of a class."
-    try: source = textwrap.dedent(inspect.getsource(thing))
-    except (OSError, TypeError): return {}
+    try:
+        source = textwrap.dedent(inspect.getsource(thing))
+    except (OSError, TypeError):
+        return {}
     said = {t.start[0]: t.string.lstrip('# ').strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
     node = ast.parse(source).body[0]
-    if isinstance(node, ast.ClassDef): return {n.target.id: said.get(n.end_lineno, '') for n in node.body if isinstance(n, ast.AnnAssign)}
+    if isinstance(node, ast.ClassDef):
+        return {n.target.id: said.get(n.end_lineno, '') for n in node.body if isinstance(n, ast.AnnAssign)}
     a = node.args
     lines = {p.arg: p.lineno for p in (*a.posonlyargs, *a.args, *([a.vararg] if a.vararg else []), *a.kwonlyargs, *([a.kwarg] if a.kwarg else [])) if p.arg not in ('self', 'cls')}
     found = {name: said.get(line, '') for name, line in lines.items()}
-    if node.returns is not None and node.returns.end_lineno not in lines.values(): found['return'] = said.get(node.returns.end_lineno, '')
+    if node.returns is not None and node.returns.end_lineno not in lines.values():
+        found['return'] = said.get(node.returns.end_lineno, '')
     return found
 
 # %% ../../nbs/paper/91_report.ipynb #c8b6161c
-def _text(value): return html.escape(str(value), quote=False)
+def _text(value):
+    return html.escape(str(value), quote=False)
 
-def _marked(text): return re.sub(r'`([^`]+)`', r'<code>\1</code>', _text(text))  # of a docstring or comment
+def _marked(text):
+    return re.sub(r'`([^`]+)`', r'<code>\1</code>', _text(text))  # of a docstring or comment
 
-def _type(annotation): return '' if annotation is inspect.Parameter.empty else inspect.formatannotation(annotation)
+def _type(annotation):
+    return '' if annotation is inspect.Parameter.empty else inspect.formatannotation(annotation)
 
 def _call(name, function, level):
     "A function or method: signature, what it does, its parameters."
@@ -42,15 +49,20 @@ def _call(name, function, level):
     star = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
     head = ', '.join(star.get(p.kind, '') + p.name + ('' if p.default is p.empty else f'={p.default!r}') for p in parameters)
     rows = [(star.get(p.kind, '') + p.name, _type(p.annotation), said.get(p.name, '')) for p in parameters]
-    if signature.return_annotation not in (inspect.Signature.empty, None): rows.append(('returns', _type(signature.return_annotation), said.get('return', '')))
+    if signature.return_annotation not in (inspect.Signature.empty, None):
+        rows.append(('returns', _type(signature.return_annotation), said.get('return', '')))
     return f'<{level}><code>{_text(name)}({_text(head)})</code></{level}>', _rows(rows)
 
-def _rows(rows): return '<table>' + ''.join(f'<tr><td><code>{_text(n)}</code></td><td>{_text(t)}</td><td>{_marked(c)}</td></tr>' for n, t, c in rows) + '</table>' if rows else ''
+def _rows(rows):
+    return '<table>' + ''.join(f'<tr><td><code>{_text(n)}</code></td><td>{_text(t)}</td><td>{_marked(c)}</td></tr>' for n, t, c in rows) + '</table>' if rows else ''
 
-def _doc(thing): return ''.join(f'<p>{_marked(p)}</p>' for p in (inspect.getdoc(thing) or '').split('\n\n') if p)
+def _doc(thing):
+    return ''.join(f'<p>{_marked(p)}</p>' for p in (inspect.getdoc(thing) or '').split('\n\n') if p)
 
 def _entry(name, thing):
-    if inspect.isfunction(thing): head, rows = _call(name, thing, 'h4'); return head + _doc(thing) + rows
+    if inspect.isfunction(thing):
+        head, rows = _call(name, thing, 'h4')
+        return head + _doc(thing) + rows
     if not inspect.isclass(thing):
         value = repr(thing)
         return f'<h4><code>{_text(name)}</code></h4><pre>{_text(value if len(value) <= 400 else value[:400] + " ...")}</pre>'
@@ -58,8 +70,11 @@ def _entry(name, thing):
     if dataclasses.is_dataclass(thing):
         said = parameter_comments(thing)
         head, rows = f'<h4><code>{_text(name)}</code></h4>', _rows([(f.name, f.type if isinstance(f.type, str) else f.type.__name__, f.metadata.get('help', said.get(f.name, ''))) for f in dataclasses.fields(thing)])
-    elif '__init__' in vars(thing): head, rows = _call(name, vars(thing)['__init__'], 'h4'); rows = rows.replace('<tr><td><code>returns</code></td><td>None</td><td></td></tr>', '')
-    else: head, rows = f'<h4><code>{_text(name)}</code></h4>', ''
+    elif '__init__' in vars(thing):
+        head, rows = _call(name, vars(thing)['__init__'], 'h4')
+        rows = rows.replace('<tr><td><code>returns</code></td><td>None</td><td></td></tr>', '')
+    else:
+        head, rows = f'<h4><code>{_text(name)}</code></h4>', ''
     return head + _doc(thing) + rows + ''.join(h + _doc(m) + r for k, m in own.items() for h, r in [_call(f'{name}.{k}', m, 'h5')])
 
 def api_reference(links: str = '', # how to get to the folder of the notebooks, ending in /
@@ -68,21 +83,26 @@ def api_reference(links: str = '', # how to get to the folder of the notebooks, 
     modules = {}
     for path in Path(pid_ssl.__file__).parent.glob('[a-z]*.py'):
         found = re.search(r'File to edit: \.\./nbs/([\w.]+?\.ipynb)', path.read_text())
-        if found: modules[found.group(1), path.stem] = importlib.import_module(f'pid_ssl.{path.stem}')
+        if found:
+            modules[found.group(1), path.stem] = importlib.import_module(f'pid_ssl.{path.stem}')
     out = ['<h1 id="api">Reference</h1>']
     for (notebook, stem), module in sorted(modules.items()):
         out.append(f'<h2 id="api-{stem}">pid_ssl.{stem}</h2>{_doc(module)}<p>Made in <a href="{_text(links + notebook)}">nbs/{notebook}</a>.</p>')
         for name in getattr(module, '__all__', []):
             thing = getattr(module, name)
             home = getattr(thing, '__module__', module.__name__) if inspect.isfunction(thing) or inspect.isclass(thing) else module.__name__
-            if home == module.__name__ or not home.startswith('pid_ssl.'): out.append(f'<section id="api-{stem}.{name}">{_entry(name, thing)}</section>')
-            else: out.append(f'<p id="api-{stem}.{name}"><code>{name}</code>: see <a href="#api-{home[8:]}.{thing.__name__}">{home}.{thing.__name__}</a></p>')
+            if home == module.__name__ or not home.startswith('pid_ssl.'):
+                out.append(f'<section id="api-{stem}.{name}">{_entry(name, thing)}</section>')
+            else:
+                out.append(f'<p id="api-{stem}.{name}"><code>{name}</code>: see <a href="#api-{home[8:]}.{thing.__name__}">{home}.{thing.__name__}</a></p>')
     return '\n'.join(out)
 
 # %% ../../nbs/paper/91_report.ipynb #1aec4ff8
 def _needs(module):
-    try: return importlib.import_module(module)
-    except ImportError: raise ImportError(f"{module} is needed for the report: pip install 'pid_ssl[report]'") from None
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ImportError(f"{module} is needed for the report: pip install 'pid_ssl[report]'") from None
 
 FORMULA = re.compile(r'(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)', re.S)
 
@@ -94,16 +114,21 @@ def notebook_html(path: str | Path,     # a notebook
     path = Path(path)
     nb = nbformat.read(path, 4)
     if execute:
-        try: nbclient.NotebookClient(nb, timeout=None, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
-        except nbclient.exceptions.CellExecutionError as e: raise RuntimeError(f'{path}: {e.ename}: {e.evalue}') from None
+        try:
+            nbclient.NotebookClient(nb, timeout=None, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+        except nbclient.exceptions.CellExecutionError as e:
+            raise RuntimeError(f'{path}: {e.ename}: {e.evalue}') from None
     formulas = []
     def keep(m):
-        if m.group(1): return m.group(0)
+        if m.group(1):
+            return m.group(0)
         formulas.append(convert(m.group(2) or m.group(3), display='block' if m.group(2) else 'inline'))
         return f'formula{len(formulas) - 1}x'
     for cell in nb.cells:
-        if cell.cell_type == 'markdown': cell.source = FORMULA.sub(keep, cell.source)
-        else: cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
+        if cell.cell_type == 'markdown':
+            cell.source = FORMULA.sub(keep, cell.source)
+        else:
+            cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     exporter = nbconvert.HTMLExporter(template_name='basic', embed_images=True)
     body, _ = exporter.from_notebook_node(nb, resources={'metadata': {'path': str(path.parent)}})
     body = re.sub(r'formula(\d+)x', lambda m: formulas[int(m.group(1))], body)
@@ -128,8 +153,10 @@ def _figures(root):
     for name, entry in json.loads(path.read_text()).items() if path.is_file() else ():
         shown = ''
         for file in entry['output_hashes']:
-            if file.endswith('.png'): shown += f'<img alt="{_text(name)}" src="data:image/png;base64,{base64.b64encode((folder/file).read_bytes()).decode()}">'
-            if file.endswith('.md'): shown += _needs('nbconvert.filters').markdown2html('\n'.join(x for x in (folder/file).read_text().splitlines() if x.startswith('|')))
+            if file.endswith('.png'):
+                shown += f'<img alt="{_text(name)}" src="data:image/png;base64,{base64.b64encode((folder/file).read_bytes()).decode()}">'
+            if file.endswith('.md'):
+                shown += _needs('nbconvert.filters').markdown2html('\n'.join(x for x in (folder/file).read_text().splitlines() if x.startswith('|')))
         out.append(f'<h2 id="figures-{name}">{name}</h2><figure>{shown}<figcaption>{_text(entry["caption"])} {len(entry["runs"])} runs.</figcaption></figure>')
     return '\n'.join(out)
 
@@ -162,25 +189,31 @@ def build_report(folder: str | Path | None = None, # gets report.html; default d
 def find_browser() -> str | None: # path of its program
     "Chromium or Chrome, as installed, or as playwright has it."
     found = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome'))), None)
-    if found: return found
+    if found:
+        return found
     try:
         from playwright.sync_api import sync_playwright
-        with sync_playwright() as p: return p.chromium.executable_path if Path(p.chromium.executable_path).exists() else None
-    except Exception: return None  # not there, or inside a running event loop
+        with sync_playwright() as p:
+            return p.chromium.executable_path if Path(p.chromium.executable_path).exists() else None
+    except Exception:
+        return None  # not there, or inside a running event loop
 
 def print_pdf(page: str | Path, # an HTML file
               pdf: str | Path,  # is written
              ) -> Path | None:  # None where there is no browser
     "Print a page; raises `RuntimeError` when the browser does not."
     browser = find_browser()
-    if browser is None: return None
+    if browser is None:
+        return None
     pdf = Path(pdf)
     with tempfile.TemporaryDirectory() as profile:
         command = [browser, '--headless', f'--user-data-dir={profile}', '--no-pdf-header-footer', f'--print-to-pdf={pdf.resolve()}', Path(page).resolve().as_uri()]
-        if hasattr(os, 'geteuid') and os.geteuid() == 0: command.insert(1, '--no-sandbox')
+        if hasattr(os, 'geteuid') and os.geteuid() == 0:
+            command.insert(1, '--no-sandbox')
         pdf.unlink(missing_ok=True)
         out = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if not pdf.is_file(): raise RuntimeError(f'{browser} wrote no {pdf}: {out.stderr[-500:]}')
+    if not pdf.is_file():
+        raise RuntimeError(f'{browser} wrote no {pdf}: {out.stderr[-500:]}')
     return pdf
 
 # %% ../../nbs/paper/91_report.ipynb #a8a8dd08
@@ -195,8 +228,11 @@ def main(argv: list | None = None, # default the process's arguments
         page = build_report(given.folder, execute=given.execute)
         print(page)
         print(print_pdf(page, page.with_suffix('.pdf')) or 'no PDF: no Chromium or Chrome found (pip install playwright && playwright install chromium)')
-    except (ImportError, RuntimeError, OSError) as e: print(f'error: {e}', file=sys.stderr); return 1
+    except (ImportError, RuntimeError, OSError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
     return 0
 
 # %% ../../nbs/paper/91_report.ipynb #4befd4ae
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())  # not in a notebook

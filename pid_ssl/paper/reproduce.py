@@ -31,7 +31,8 @@ class Plan:
     asked: set = field(default_factory=set)        # ids of the records that were asked for; the other runs only give encoders
     files: list = field(default_factory=list)      # measurements of time and error, which no record of this plan gives again
 
-    def __len__(self): return len(self.runs) + len(self.downstream) + len(self.controlled)
+    def __len__(self):
+        return len(self.runs) + len(self.downstream) + len(self.controlled)
 
     def seconds(self) -> float: # wall time that the records took, one after the other
         "Seconds of all records as they were committed."
@@ -45,29 +46,38 @@ def behind(names: list,                   # figures or tables of the manifest, o
     root = Path(root or project_root())
     kinds = {'runs': load_records(root/'data'/'runs'), 'downstream': load_downstream(root/'data'/'downstream'), 'controlled': load_controlled(root/'data'/'controlled')}
     every = {r.run_id: (kind, r) for kind, rs in kinds.items() for r in rs}
-    try: manifest = json.loads((root/'figures'/'manifest.json').read_text())
-    except (OSError, ValueError) as e: raise ConfigError('root', str(root), f'a folder with figures/manifest.json ({e})') from None
+    try:
+        manifest = json.loads((root/'figures'/'manifest.json').read_text())
+    except (OSError, ValueError) as e:
+        raise ConfigError('root', str(root), f'a folder with figures/manifest.json ({e})') from None
     plan, wanted = Plan(), {}
     for name in names:
-        if name in manifest: ids, plan.files = manifest[name]['runs'], plan.files + [f for f in manifest[name]['files'] if f.startswith('benchmarks/')]
-        elif name in every: ids = [name]
+        if name in manifest:
+            ids, plan.files = manifest[name]['runs'], plan.files + [f for f in manifest[name]['files'] if f.startswith('benchmarks/')]
+        elif name in every:
+            ids = [name]
         else:
             near = difflib.get_close_matches(str(name), [*manifest, *every], n=3)
             raise ConfigError('figure', name, f"{f'did you mean {chr(44).join(near)}? ' if near else ''}a record's id, or one of {', '.join(manifest)}")
-        if lost := [i for i in ids if i not in every]: raise RecordError(f'{name}: record {lost[0]} is not in {root/"data"}; accepted: the records of the manifest (make_figures brings it up to date)')
+        if lost := [i for i in ids if i not in every]:
+            raise RecordError(f'{name}: record {lost[0]} is not in {root/"data"}; accepted: the records of the manifest (make_figures brings it up to date)')
         wanted |= dict.fromkeys(ids)
     plan.asked = set(wanted)
-    for i in wanted: getattr(plan, every[i][0]).append(every[i][1])
+    for i in wanted:
+        getattr(plan, every[i][0]).append(every[i][1])
     for i in dict.fromkeys(r.config['run'] for r in plan.downstream):
-        if i not in every: raise RecordError(f'run {i}, whose encoder was measured, is not in {root/"data"/"runs"}; accepted: its record')
-        if i not in plan.asked: plan.runs.append(every[i][1])
+        if i not in every:
+            raise RecordError(f'run {i}, whose encoder was measured, is not in {root/"data"/"runs"}; accepted: its record')
+        if i not in plan.asked:
+            plan.runs.append(every[i][1])
     return plan
 
 # %% ../../nbs/paper/90_reproduce.ipynb #b32f12a5
 def _told(config, without=()):
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in without and getattr(config, f.name) != f.default}
 
-def _args(given): return [f'--{k}' if v is True else f'--{k}={v}' for k, v in given.items()]
+def _args(given):
+    return [f'--{k}' if v is True else f'--{k}={v}' for k, v in given.items()]
 
 _HERE = ('home', 'data_dir', 'threads', 'force')  # of this machine and not of the result
 
@@ -75,11 +85,13 @@ def _measurement(record, run):
     # the config of a measurement, of the run that stands for the record's
     c = downstream_config({**record.config, 'run': run})
     # the first records of fine-tuning leave the policy open: it was that of the dataset's name
-    if c.task in TUNED and c.policy == 'auto': c = dataclasses.replace(c, policy=POLICIES_BY_DATASET.get(c.dataset, 'cifar'))
+    if c.task in TUNED and c.policy == 'auto':
+        c = dataclasses.replace(c, policy=POLICIES_BY_DATASET.get(c.dataset, 'cifar'))
     reads = lambda f: c.task in (f.metadata['losses'] or (c.task,))
     return dataclasses.replace(c, **{f.name: f.default for f in dataclasses.fields(c) if f.name in _HERE or not reads(f)})
 
-def _same(a, b): return _told(a, _HERE + ('device',)) == _told(b, _HERE + ('device',))
+def _same(a, b):
+    return _told(a, _HERE + ('device',)) == _told(b, _HERE + ('device',))
 
 def reproduce(plan: Plan,                  # from `behind`
               home: str | Path,            # gets data/runs, data/checkpoints and so on, and reproduced.csv; not the project's root
@@ -88,36 +100,46 @@ def reproduce(plan: Plan,                  # from `behind`
              ) -> dict:                    # id of a committed record -> the `RunRecord` made again
     "Make the records of a plan again. Raises `ConfigError` before anything is started, `SweepFailed`, `SweepStopped`, `RecordError`."
     home = Path(home).expanduser().resolve()
-    if (home/'settings.ini').exists() or (home/'figures'/'manifest.json').exists(): raise ConfigError('home', str(home), 'another folder: here committed records would be taken for new ones')
+    if (home/'settings.ini').exists() or (home/'figures'/'manifest.json').exists():
+        raise ConfigError('home', str(home), 'another folder: here committed records would be taken for new ones')
     every = plan.runs + plan.downstream + plan.controlled
-    if not every: raise ConfigError('figure', ', '.join(plan.files) or 'nothing', 'something made from run records; times and errors are measured by nbs/4_speed.ipynb and nbs/4_speed_training.ipynb')
-    for device in sorted({r.provenance['device'] for r in every}): device_class(downstream_config({'device': device}))
+    if not every:
+        raise ConfigError('figure', ', '.join(plan.files) or 'nothing', 'something made from run records; times and errors are measured by nbs/4_speed.ipynb and nbs/4_speed_training.ipynb')
+    for device in sorted({r.provenance['device'] for r in every}):
+        device_class(downstream_config({'device': device}))
     local = dict(home=str(home), **({'data_dir': str(Path(data_dir).expanduser().resolve())} if data_dir else {}))
     _refuse_other_data(every, home, data_dir)
     threads = lambda r: {'threads': r.provenance['threads']} if r.provenance.get('threads') else {}
     made = {}
     if plan.runs:
-        for r in plan.runs: _forget(r, home, any(m.config['run'] == r.run_id for m in plan.downstream))
+        for r in plan.runs:
+            _forget(r, home, any(m.config['run'] == r.run_id for m in plan.downstream))
         blocks = [{**settings_of(r), **threads(r), 'device': r.provenance['device'], **local} for r in plan.runs]
         again = run_sweep({'block': blocks}, workers, 'reproduce', notebooks=False)
-        if len(again) < len(plan.runs): raise ConfigError('figure', f'{len(plan.runs)} runs of {len(again)} settings', 'one at a time, where runs differ in their data alone')
+        if len(again) < len(plan.runs):
+            raise ConfigError('figure', f'{len(plan.runs)} runs of {len(again)} settings', 'one at a time, where runs differ in their data alone')
         made |= {old.run_id: new for old, new in zip(plan.runs, again)}
     commands = {}
     for r in plan.downstream:
         c = _measurement(r, made[r.config['run']].run_id)
-        if not _again(c, home): commands[f"{c.task}-{r.run_id}"] = ['pid_ssl.experiments.downstream', *_args(_told(c) | threads(r) | {'device': r.provenance['device']} | local)]
+        if not _again(c, home):
+            commands[f"{c.task}-{r.run_id}"] = ['pid_ssl.experiments.downstream', *_args(_told(c) | threads(r) | {'device': r.provenance['device']} | local)]
     for r in plan.controlled:
         c = controlled_config({k: v for k, v in r.config.items() if k not in _HERE})
-        if not _controlled_again(c, home): commands[f"{c.arm}-{r.run_id}"] = ['pid_ssl.experiments.controlled', *_args(_told(c) | threads(r) | {'home': str(home)})]
+        if not _controlled_again(c, home):
+            commands[f"{c.arm}-{r.run_id}"] = ['pid_ssl.experiments.controlled', *_args(_told(c) | threads(r) | {'home': str(home)})]
     if commands:
         print(f'{len(plan.downstream) + len(plan.controlled)} measurements, {len(commands)} to make, {workers} at a time', flush=True)
         run_commands(commands, home/'data'/'sweeps'/'reproduce', workers)
-    for r in plan.downstream: made[r.run_id] = _only(_again(_measurement(r, made[r.config['run']].run_id), home), r, home)
-    for r in plan.controlled: made[r.run_id] = _only(_controlled_again(controlled_config({k: v for k, v in r.config.items() if k not in _HERE}), home), r, home)
+    for r in plan.downstream:
+        made[r.run_id] = _only(_again(_measurement(r, made[r.config['run']].run_id), home), r, home)
+    for r in plan.controlled:
+        made[r.run_id] = _only(_controlled_again(controlled_config({k: v for k, v in r.config.items() if k not in _HERE}), home), r, home)
     return made
 
 def _only(found, record, home):
-    if not found: raise RecordError(f'{record.run_id}: no record in {home/"data"} has its settings after it was made again; accepted: an empty home')
+    if not found:
+        raise RecordError(f'{record.run_id}: no record in {home/"data"} has its settings after it was made again; accepted: an empty home')
     return found[0]
 
 def _refuse_other_data(records, home, data_dir):
@@ -125,20 +147,25 @@ def _refuse_other_data(records, home, data_dir):
     sets = {}
     for r in records:
         c = r.config
-        if 'arm' not in c and c.get('task') not in DENSE: sets[c['dataset'], c['image_size'], c['train_size']] = None
+        if 'arm' not in c and c.get('task') not in DENSE:
+            sets[c['dataset'], c['image_size'], c['train_size']] = None
     for old in here:
         c = old.config
         key = (c['dataset'], c['image_size'], c['train_size'])
-        if key not in sets or c.get('task') in DENSE or c.get('task') == 'low_label': continue
+        if key not in sets or c.get('task') in DENSE or c.get('task') == 'low_label':
+            continue
         if sets[key] is None:
-            with writing(home): sets[key] = load_dataset(*key, data_dir, cache_dir=home/'data'/'cache').content_hash
-        if old.provenance['dataset_hash'] != sets[key]: raise ConfigError('home', str(home), f"an empty folder: record {old.run_id} there was made from another copy of {c['dataset']} ({old.provenance['dataset_hash'][:16]}, and {sets[key][:16]} is here now)")
+            with writing(home):
+                sets[key] = load_dataset(*key, data_dir, cache_dir=home/'data'/'cache').content_hash
+        if old.provenance['dataset_hash'] != sets[key]:
+            raise ConfigError('home', str(home), f"an empty folder: record {old.run_id} there was made from another copy of {c['dataset']} ({old.provenance['dataset_hash'][:16]}, and {sets[key][:16]} is here now)")
 
 def _forget(record, home, needed):
     # a run whose weights are gone cannot be measured: it is made again
     same = lambda r: identity(from_dict(r.config)) == identity(from_dict(record.config))
     for r in (load_records(home/'data'/'runs') if needed else []):
-        if same(r) and not (home/'data'/'checkpoints'/r.run_id/'final'/'header.json').exists(): (home/'data'/'runs'/f'{r.run_id}.json').unlink()
+        if same(r) and not (home/'data'/'checkpoints'/r.run_id/'final'/'header.json').exists():
+            (home/'data'/'runs'/f'{r.run_id}.json').unlink()
 
 def _again(config, home):
     # a control is the same for every run with its seed and data, and has one record
@@ -148,7 +175,8 @@ def _again(config, home):
     mine = lambda r: r.config['run'] == config.run or config.weights != 'pretrained' and about.get(r.config['run'], 0) == about.get(config.run, 1)
     return [r for r in found if mine(r) and _same(_measurement(r, config.run), config)]
 
-def _controlled_again(config, home): return [r for r in load_controlled(home/'data'/'controlled') if r.run_id == controlled_id(config)]
+def _controlled_again(config, home):
+    return [r for r in load_controlled(home/'data'/'controlled') if r.run_id == controlled_id(config)]
 
 # %% ../../nbs/paper/90_reproduce.ipynb #571f169b
 def comparison(plan: Plan, # what was committed
@@ -158,7 +186,8 @@ def comparison(plan: Plan, # what was committed
     _, _, pd = plotting()
     rows = []
     for r in plan.runs + plan.downstream + plan.controlled:
-        if r.run_id not in plan.asked: continue
+        if r.run_id not in plan.asked:
+            continue
         new, c = made[r.run_id], r.config
         what = ' '.join(str(v) for v in (c.get('arm') or c.get('task') or c['loss'], c.get('dataset') or c.get('pairing'), f"seed {r.provenance.get('encoder', c).get('seed', c['seed'])}"))
         setting = digest([{k: v for k, v in c.items() if k not in _HERE + ('run', 'seed')}, {k: v for k, v in r.provenance.get('encoder', {}).items() if k not in ('run', 'seed', 'sha256')}])
@@ -173,7 +202,8 @@ def summary(table: object, # of `comparison`
     _, _, pd = plotting()
     rows = []
     for metric, d in table.groupby('metric', sort=False):
-        if metric.endswith('_C'): continue
+        if metric.endswith('_C'):
+            continue
         gap, settings = d.difference.abs(), [s.committed for _, s in d.groupby('setting') if len(s) > 1]
         free = sum(len(s) - 1 for s in settings)
         rows.append({'metric': metric, 'records': str(len(d)), 'the same': str(int((gap == 0).sum())), 'largest difference': '-' if gap.isna().all() else f'{gap.max():.3g}',
@@ -188,7 +218,8 @@ def circumstances(plan: Plan, # what was committed
     for label, of in (('data', lambda r: (r.provenance.get('dataset_note') or r.config.get('dataset'), str(r.provenance['dataset_hash'])[:16])), ('device', lambda r: r.provenance['device_name']), ('threads', lambda r: r.provenance.get('threads')),
                       *((f'{p}', lambda r, p=p: r.provenance['versions'].get(p)) for p in ('python', 'torch', 'torchvision', 'numpy', 'scikit-learn')), ('code', lambda r: str(r.provenance['source_hash'])[:16])):
         pairs = sorted({(str(of(r)), str(of(made[r.run_id]))) for r in plan.runs + plan.downstream + plan.controlled if of(r) != of(made[r.run_id])})
-        if pairs: out.append(f"{label}: {', '.join(sorted({a for a, _ in pairs}))} committed, {', '.join(sorted({b for _, b in pairs}))} here")
+        if pairs:
+            out.append(f"{label}: {', '.join(sorted({a for a, _ in pairs}))} committed, {', '.join(sorted({b for _, b in pairs}))} here")
     return out
 
 def outcome(plan: Plan,    # what was committed
@@ -207,12 +238,16 @@ def outcome(plan: Plan,    # what was committed
                 versions=new[0].provenance['versions'], git_commit=sorted({str(r.provenance['git_commit']) for r in new}), date=max(r.provenance['started'] for r in new)[:10])
 
 # %% ../../nbs/paper/90_reproduce.ipynb #130e4419
-def _hours(seconds): return f'{seconds/3600:.1f} hours' if seconds >= 3600 else f'{seconds/60:.0f} minutes'
+def _hours(seconds):
+    return f'{seconds/3600:.1f} hours' if seconds >= 3600 else f'{seconds/60:.0f} minutes'
 
 def _kept(path, names):
-    if not path or not Path(path).exists(): return []
-    try: return [o for o in json.loads(Path(path).read_text()) if o['names'] != names]
-    except (OSError, ValueError, TypeError, KeyError) as e: raise ConfigError('record', path, f'a file that does not exist yet, or one that this command wrote ({e})') from None
+    if not path or not Path(path).exists():
+        return []
+    try:
+        return [o for o in json.loads(Path(path).read_text()) if o['names'] != names]
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise ConfigError('record', path, f'a file that does not exist yet, or one that this command wrote ({e})') from None
 
 def main(argv: list | None = None, # default the process's arguments
         ) -> int:                  # exit status: 0 made and compared; 1 some could not be made, 2 bad input, 4 not writable, 128 + signal when stopped
@@ -228,26 +263,43 @@ def main(argv: list | None = None, # default the process's arguments
     try:
         plan = behind(given.figure)
         print(f"{len(plan)} records: {len(plan.runs)} runs, {len(plan.downstream)} measurements of encoders, {len(plan.controlled)} controlled runs; they took {_hours(plan.seconds())} one after the other on {', '.join(sorted({r.provenance['device_name'] for r in plan.runs + plan.downstream + plan.controlled})) or 'nothing'}", flush=True)
-        for f in dict.fromkeys(plan.files): print(f'not made again: data/{f}, times and errors that nbs/4_speed.ipynb and nbs/4_speed_training.ipynb measure')
-        if given.plan: return 0
-        if not given.home: raise ConfigError('home', given.home, 'a folder for what is made, with --home; or --plan')
+        for f in dict.fromkeys(plan.files):
+            print(f'not made again: data/{f}, times and errors that nbs/4_speed.ipynb and nbs/4_speed_training.ipynb measure')
+        if given.plan:
+            return 0
+        if not given.home:
+            raise ConfigError('home', given.home, 'a folder for what is made, with --home; or --plan')
         plotting()  # what is missing is said before the work
         path = Path(given.home).expanduser().resolve()/'reproduced.csv'
-        with writing(path): path.parent.mkdir(parents=True, exist_ok=True); tempfile.TemporaryFile(dir=path.parent).close()
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
         kept = _kept(given.record, given.figure)
         made = reproduce(plan, given.home, given.workers, given.data_dir)
         table = comparison(plan, made)
-        with writing(path): table.to_csv(path, index=False)
+        with writing(path):
+            table.to_csv(path, index=False)
         if given.record:
-            with writing(given.record): Path(given.record).write_text(json.dumps([*kept, outcome(plan, made, given.figure)], indent=1) + '\n')
-    except (ConfigError, DataError, RecordError, ImportError) as e: print(f'error: {e}', file=sys.stderr); return 2
-    except StorageError as e: print(f'error: {e}', file=sys.stderr); return 4
-    except SweepFailed as e: print(f'error: {e}', file=sys.stderr); return 1
-    except SweepStopped as e: print(e, file=sys.stderr); return 128 + e.signal
+            with writing(given.record):
+                Path(given.record).write_text(json.dumps([*kept, outcome(plan, made, given.figure)], indent=1) + '\n')
+    except (ConfigError, DataError, RecordError, ImportError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2
+    except StorageError as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 4
+    except SweepFailed as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+    except SweepStopped as e:
+        print(e, file=sys.stderr)
+        return 128 + e.signal
     print(markdown_table(summary(table)))
-    for sentence in circumstances(plan, made): print(sentence)
+    for sentence in circumstances(plan, made):
+        print(sentence)
     print(f"{int((table.difference == 0).sum())} of {len(table)} numbers are the same to the last digit; all of them: {path}")
     return 0
 
 # %% ../../nbs/paper/90_reproduce.ipynb #dbc4da06
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())  # not in a notebook

@@ -165,8 +165,10 @@ class _Wide:
         return y[..., :n1].transpose(1, 2) * self.m1, y[..., n1:].transpose(1, 2) * self.m2
 
     def solve(self, rhs_a, rhs_b, tol=1e-9, max_iter=30):
-        def dot(x, y): return sum((a * b).sum((-1, -2)) for a, b in zip(x, y))
-        def move(x, size, y): return [a + _each(size) * b for a, b in zip(x, y)]
+        def dot(x, y):
+            return sum((a * b).sum((-1, -2)) for a, b in zip(x, y))
+        def move(x, size, y):
+            return [a + _each(size) * b for a, b in zip(x, y)]
         rhs = rhs_a * self.m1, rhs_b * self.m2
         x = self._invert(*rhs)
         left, goal = [a - b for a, b in zip(rhs, self._apply(*x))], tol**2 * dot(rhs, rhs)

@@ -126,7 +126,8 @@ def pid_samples(
         if labels is not None:
             t = torch.nn.functional.one_hot(torch.unique(labels, return_inverse=True)[1]).double()
         fit = fit_infonce(z1, z2, t, seed=seed, **critic)
-        def run(i): return pid_from_union(*_mmi(fit.contributions[i].mean(0)), base=base)
+        def run(i):
+            return pid_from_union(*_mmi(fit.contributions[i].mean(0)), base=base)
         result, n, info = run(torch.arange(len(fit.contributions))), len(fit.contributions), fit.report(check_base(base))
     elif estimator == "quantised":
         c1, c2 = quantise(z1, codes, seed), quantise(z2, codes, seed)
@@ -142,7 +143,8 @@ def pid_samples(
     elif estimator == "coordinate":
         if not z1.shape == z2.shape == t.shape:
             raise ValueError(f"coordinate pairs up coordinates: z1, z2, t have {z1.shape[1]}, {z2.shape[1]}, {t.shape[1]}")
-        def run(i): return pid_from_union(*_coordinate(z1[i], z2[i], t[i], eps, reduce), base=base)
+        def run(i):
+            return pid_from_union(*_coordinate(z1[i], z2[i], t[i], eps, reduce), base=base)
         result, info = run(slice(None)), None
     else:
         def run(i):

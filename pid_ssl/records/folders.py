@@ -20,7 +20,8 @@ def _test_home():
 def home_folder(config: Config | None = None, # whose `home` counts, if given
                ) -> Path:                     # the folder that holds data/runs and data/checkpoints
     "The config's `home`, a temporary folder under `IN_TEST`, else the project's root."
-    if config is not None and config.home: return Path(config.home).expanduser().resolve()
+    if config is not None and config.home:
+        return Path(config.home).expanduser().resolve()
     return _test_home() if os.environ.get('IN_TEST') else project_root()
 
 def runs_folder(config: Config | None = None, # whose `home` counts, if given
@@ -32,5 +33,6 @@ def checkpoint_folder(config: Config, # whose `home` counts
                       run_id: str,    # 16 hexadecimal digits
                      ) -> Path:       # may not exist yet
     "Folder of a run's checkpoints; raises `ConfigError` for an id that is not one."
-    if not re.fullmatch(r'[0-9a-f]{16}', run_id): raise ConfigError('run_id', run_id, '16 hexadecimal digits')
+    if not re.fullmatch(r'[0-9a-f]{16}', run_id):
+        raise ConfigError('run_id', run_id, '16 hexadecimal digits')
     return home_folder(config)/'data'/'checkpoints'/run_id

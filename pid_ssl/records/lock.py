@@ -8,8 +8,10 @@ __all__ = ['RunLocked', 'lock_run']
 # %% ../../nbs/records/24_lock.ipynb #f36dc39d
 import contextlib, os, platform, warnings
 from pathlib import Path
-try: import fcntl
-except ImportError: fcntl = None  # Windows
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows
 from ..config import Config
 from .folders import checkpoint_folder, runs_folder
 from .storage import repair_checkpoints, writing
@@ -25,23 +27,32 @@ def lock_run(config: Config, # whose `home` counts
     "Hold a run and tidy up its folders; raises `RunLocked`, or `StorageError` when one of them cannot be written."
     path, runs = checkpoint_folder(config, run_id)/'lock', runs_folder(config)
     with writing(path):
-        for folder in (path.parent, runs): folder.mkdir(parents=True, exist_ok=True)
+        for folder in (path.parent, runs):
+            folder.mkdir(parents=True, exist_ok=True)
         file = open(path, 'a+')
     with file:
         locked = _lock(file, run_id)
         if locked:
-            with writing(path): file.truncate(0); file.write(f'process {os.getpid()} on {platform.node()}'); file.flush()
+            with writing(path):
+                file.truncate(0)
+                file.write(f'process {os.getpid()} on {platform.node()}')
+                file.flush()
             repair_checkpoints(path.parent)
-            for orphan in runs.glob(f'{run_id}.tmp-*'): orphan.unlink(missing_ok=True)
+            for orphan in runs.glob(f'{run_id}.tmp-*'):
+                orphan.unlink(missing_ok=True)
         trial = runs/f'{run_id}.tmp-{os.getpid()}'
         with writing(runs):
-            try: trial.write_text(' '*4096)
-            finally: trial.unlink(missing_ok=True)
+            try:
+                trial.write_text(' '*4096)
+            finally:
+                trial.unlink(missing_ok=True)
         yield locked
 
 def _lock(file, run_id):
-    if fcntl is None: return False
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise RunLocked(f"run {run_id} is being made by {file.read(200) or 'another process'}, which holds {file.name}; wait for it or stop it") from None

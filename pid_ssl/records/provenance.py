@@ -18,16 +18,21 @@ def git_state(folder: str | Path | None = None, # default the project's root
     run = lambda *a: subprocess.run(['git', *a], cwd=folder or project_root(), capture_output=True, text=True, timeout=30)
     try:
         commit = run('rev-parse', 'HEAD')
-        if commit.returncode: return {'git_commit': None, 'git_dirty': None}
+        if commit.returncode:
+            return {'git_commit': None, 'git_dirty': None}
         return {'git_commit': commit.stdout.strip(), 'git_dirty': bool(run('status', '--porcelain', '--untracked-files=no', '--', 'pid_ssl').stdout.strip())}
-    except (OSError, subprocess.SubprocessError): return {'git_commit': None, 'git_dirty': None}
+    except (OSError, subprocess.SubprocessError):
+        return {'git_commit': None, 'git_dirty': None}
 
 def device_name(device_class: str, # 'cpu', 'cuda' or 'mps'
                ) -> str:           # as its maker calls it
     "Name of the processor or GPU."
-    if device_class == 'cuda': return torch.cuda.get_device_name()
-    try: model = re.search(r'model name\s*:\s*(.*)', Path('/proc/cpuinfo').read_text())
-    except OSError: model = None
+    if device_class == 'cuda':
+        return torch.cuda.get_device_name()
+    try:
+        model = re.search(r'model name\s*:\s*(.*)', Path('/proc/cpuinfo').read_text())
+    except OSError:
+        model = None
     return model.group(1).strip() if model else platform.processor() or platform.machine()
 
 def recorded_config(config: object, # `Config`, or the dataclass of another experiment
@@ -49,8 +54,11 @@ def provenance(config: Config,     # resolved
 def peak_memory(device_class: str, # 'cpu', 'cuda' or 'mps'
                ) -> int:           # bytes
     "Peak memory: allocated on the GPU, else resident in this process."
-    if device_class == 'cuda': return torch.cuda.max_memory_allocated()
-    try: import resource
-    except ImportError: return 0  # Windows
+    if device_class == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return 0  # Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak*1024

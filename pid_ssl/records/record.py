@@ -6,15 +6,13 @@
 __all__ = ['STATUSES', 'run_id', 'RecordError', 'RunRecord', 'load_record', 'find_record', 'load_records', 'other_data']
 
 # %% ../../nbs/records/26_record.ipynb #bb24b34a
-import atexit, contextlib, dataclasses, functools, importlib.metadata, json, math, os, platform, re, shutil, subprocess, sys, tempfile, time, warnings
+import dataclasses, json, math, os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-import torch
-try: import fcntl
-except ImportError: fcntl = None  # Windows
 from ..config import Config, ConfigError, digest, from_dict, identity, project_root, source_hash
-from ..models import repair_checkpoints, writing
+from .folders import runs_folder
+from .storage import writing
 
 # %% ../../nbs/records/26_record.ipynb #dcc5e371
 def run_id(config: Config,      # resolved
@@ -53,40 +51,58 @@ class RunRecord:
         with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                with open(tmp, 'w') as f: f.write(text); f.flush(); os.fsync(f.fileno())
+                with open(tmp, 'w') as f:
+                    f.write(text)
+                    f.flush()
+                    os.fsync(f.fileno())
                 os.replace(tmp, path)
-            finally: tmp.unlink(missing_ok=True)
+            finally:
+                tmp.unlink(missing_ok=True)
         return path
 
 # %% ../../nbs/records/26_record.ipynb #82103ae7
 def _checksum(value):
-    try: return digest({**value, 'provenance': {k: v for k, v in value['provenance'].items() if k != 'checksum'}})
-    except (ValueError, RecursionError): return ''  # no content that a record can have
+    try:
+        return digest({**value, 'provenance': {k: v for k, v in value['provenance'].items() if k != 'checksum'}})
+    except (ValueError, RecursionError):
+        return ''  # no content that a record can have
 
 def load_record(path: str | Path,            # a JSON file
                 parse: Callable = from_dict, # checks the config; another experiment has its own
                ) -> RunRecord:               # checked
     "Read a run record; raises `RecordError` naming the file and what is wrong with it."
     path = Path(path)
-    try: raw = json.loads(path.read_text(), parse_constant=_no_constant)
-    except (OSError, ValueError, RecursionError) as e: raise RecordError(f"{path}: not readable as JSON ({e}); accepted: a run record") from None
+    try:
+        raw = json.loads(path.read_text(), parse_constant=_no_constant)
+    except (OSError, ValueError, RecursionError) as e:
+        raise RecordError(f"{path}: not readable as JSON ({e}); accepted: a run record") from None
     keys = {f.name: f.type for f in dataclasses.fields(RunRecord)}
-    if not isinstance(raw, dict) or set(raw) != set(keys): raise RecordError(f"{path}: keys {sorted(raw) if isinstance(raw, dict) else type(raw).__name__}; accepted: exactly {', '.join(keys)}")
+    if not isinstance(raw, dict) or set(raw) != set(keys):
+        raise RecordError(f"{path}: keys {sorted(raw) if isinstance(raw, dict) else type(raw).__name__}; accepted: exactly {', '.join(keys)}")
     for k, t in keys.items():
-        if not isinstance(raw[k], t): raise RecordError(f"{path}: {k} is {type(raw[k]).__name__}; accepted: {t.__name__}")
-    if raw['run_id'] != path.stem: raise RecordError(f"{path}: run_id {raw['run_id']!r}; accepted: the file's name, {path.stem!r}")
-    if raw['status'] not in STATUSES: raise RecordError(f"{path}: status {raw['status']!r}; accepted: {', '.join(STATUSES)}")
+        if not isinstance(raw[k], t):
+            raise RecordError(f"{path}: {k} is {type(raw[k]).__name__}; accepted: {t.__name__}")
+    if raw['run_id'] != path.stem:
+        raise RecordError(f"{path}: run_id {raw['run_id']!r}; accepted: the file's name, {path.stem!r}")
+    if raw['status'] not in STATUSES:
+        raise RecordError(f"{path}: status {raw['status']!r}; accepted: {', '.join(STATUSES)}")
     stated = raw['provenance'].get('checksum')  # records of before 2026-11-23 have none
-    if stated is not None and stated != _checksum(raw): raise RecordError(f"{path}: its content does not give its checksum {stated!r}, so it was damaged or edited; accepted: the file as the run wrote it (put it back, or run again with force=True)")
+    if stated is not None and stated != _checksum(raw):
+        raise RecordError(f"{path}: its content does not give its checksum {stated!r}, so it was damaged or edited; accepted: the file as the run wrote it (put it back, or run again with force=True)")
     bad = [k for k, v in raw['metrics'].items() if type(v) not in (int, float) or not abs(v) < math.inf]
-    if bad: raise RecordError(f"{path}: metrics[{bad[0]!r}] is {raw['metrics'][bad[0]]!r}; accepted: a finite number")
+    if bad:
+        raise RecordError(f"{path}: metrics[{bad[0]!r}] is {raw['metrics'][bad[0]]!r}; accepted: a finite number")
     bad = [i for i, row in enumerate(raw['history']) if not isinstance(row, dict)]
-    if bad: raise RecordError(f"{path}: history[{bad[0]}] is {type(raw['history'][bad[0]]).__name__}; accepted: a mapping of names to numbers")
-    try: parse(raw['config'])
-    except ConfigError as e: raise RecordError(f"{path}: config: {e}") from None
+    if bad:
+        raise RecordError(f"{path}: history[{bad[0]}] is {type(raw['history'][bad[0]]).__name__}; accepted: a mapping of names to numbers")
+    try:
+        parse(raw['config'])
+    except ConfigError as e:
+        raise RecordError(f"{path}: config: {e}") from None
     return RunRecord(**raw)
 
-def _no_constant(name): raise ValueError(f'{name} is not JSON')
+def _no_constant(name):
+    raise ValueError(f'{name} is not JSON')
 
 def find_record(config: Config, # whose `home` counts
                 run_id: str,    # 16 hexadecimal digits
@@ -109,8 +125,11 @@ def other_data(config: Config,    # whose `home` and `dataset` count
     "Whether records of a dataset of this name were made from other content: a damaged or another copy trains as well as the right one, and its numbers do not belong beside theirs."
     others = {}
     for path in runs_folder(config).glob('*.json'):
-        try: name, other = (raw := json.loads(path.read_text()))['config']['dataset'], raw['provenance']['dataset_hash']
-        except (OSError, ValueError, KeyError, TypeError, RecursionError): continue  # whoever reads it will be told
-        if name == config.dataset and other != dataset_hash: others.setdefault(str(other)[:16], []).append(path.stem)
+        try:
+            name, other = (raw := json.loads(path.read_text()))['config']['dataset'], raw['provenance']['dataset_hash']
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue  # whoever reads it will be told
+        if name == config.dataset and other != dataset_hash:
+            others.setdefault(str(other)[:16], []).append(path.stem)
     found = ', '.join(f'{h} in {len(ids)} here (such as {ids[0]})' for h, ids in sorted(others.items()))
     return found and f'dataset {config.dataset!r} has the content hash {dataset_hash[:16]}, and records have another: {found}; if that is not meant, one of the copies is damaged'

@@ -27,20 +27,26 @@ class StopSignals:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             for s in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(s) is not signal.SIG_IGN: self.before[s] = signal.signal(s, self._handle)
+                if signal.getsignal(s) is not signal.SIG_IGN:
+                    self.before[s] = signal.signal(s, self._handle)
         return self
 
-    def __exit__(self, *error): self._put_back()
+    def __exit__(self, *error):
+        self._put_back()
 
     def _put_back(self):
-        for s, handler in self.before.items(): signal.signal(s, signal.SIG_DFL if handler is None else handler)
+        for s, handler in self.before.items():
+            signal.signal(s, signal.SIG_DFL if handler is None else handler)
         self.before = {}
 
     def _handle(self, number, frame):
-        if self.patient and self.asked(): return
+        if self.patient and self.asked():
+            return
         self.number = number
-        if not self.patient: self._put_back()
-        if not self.wait: raise RunInterrupted(self.message, number)
+        if not self.patient:
+            self._put_back()
+        if not self.wait:
+            raise RunInterrupted(self.message, number)
 
     def asked(self) -> bool:
         "Whether a signal has come."
@@ -51,4 +57,5 @@ class StopSignals:
              ) -> None:
         "Raise `RunInterrupted` if a signal has come."
         self.message = message
-        if self.asked(): raise RunInterrupted(message, self.number)
+        if self.asked():
+            raise RunInterrupted(message, self.number)

@@ -24,8 +24,10 @@ _ADVICE = {errno.ENOSPC: f'free space on that disk, {_OTHER}', getattr(errno, 'E
 def writing(path: str | Path, # named in the message when the error itself names no file
            ):                 # a context
     "Turn errors of the file system inside the context into `StorageError`."
-    try: yield
-    except StorageError: raise
+    try:
+        yield
+    except StorageError:
+        raise
     except OSError as e:
         error = StorageError(f"{e.filename or path}: cannot be written ({e.strerror or e}); {_ADVICE.get(e.errno, 'set home to a folder that can be written')}")
         error.errno = e.errno
@@ -55,10 +57,12 @@ def save_checkpoint(folder: str | Path, # replaced if it exists
                 _write(tmp/f'{stem}.safetensors', data)
             _write(tmp/'header.json', json.dumps({**header, 'format': CHECKPOINT_FORMAT, 'sha256': sums}, allow_nan=False).encode())
             _sync(tmp)
-            if folder.exists(): os.replace(folder, old)
+            if folder.exists():
+                os.replace(folder, old)
             os.replace(tmp, folder)
         except BaseException:
-            if old.exists() and not folder.exists(): os.replace(old, folder)
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
             shutil.rmtree(tmp, ignore_errors=True)
             raise
         _sync(folder.parent)
@@ -67,14 +71,19 @@ def save_checkpoint(folder: str | Path, # replaced if it exists
 
 def _write(path, data):
     with open(path, 'wb') as f:
-        f.write(data); f.flush(); os.fsync(f.fileno())
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
 
 def _sync(folder):
     # what a folder holds reaches the disk with the folder, not with the files; Windows cannot open folders
-    if os.name != 'posix': return
+    if os.name != 'posix':
+        return
     handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 def remove_checkpoint(folder: str | Path, # a checkpoint
                      ) -> None:
@@ -93,8 +102,10 @@ def repair_checkpoints(folder: str | Path, # that holds checkpoints, and in whic
     found = [(p, m) for p, m in found if m]
     for p, m in found:
         with writing(p):
-            if m[2] == 'old' and not p.with_name(m[1]).exists(): os.replace(p, p.with_name(m[1]))
-            else: shutil.rmtree(p, ignore_errors=True)
+            if m[2] == 'old' and not p.with_name(m[1]).exists():
+                os.replace(p, p.with_name(m[1]))
+            else:
+                shutil.rmtree(p, ignore_errors=True)
     return [p.name for p, _ in found]
 
 def load_checkpoint(folder: str | Path,  # as `save_checkpoint` wrote it
@@ -102,20 +113,29 @@ def load_checkpoint(folder: str | Path,  # as `save_checkpoint` wrote it
     "Read and verify a checkpoint; raises `CheckpointError` naming the file."
     folder = Path(folder)
     at = folder/'header.json'
-    try: header = json.loads(at.read_text(), parse_constant=_no_constant)
-    except (OSError, ValueError, RecursionError) as e: raise CheckpointError(f"{at}: not readable ({e}); accepted: a checkpoint folder of this package") from None
+    try:
+        header = json.loads(at.read_text(), parse_constant=_no_constant)
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{at}: not readable ({e}); accepted: a checkpoint folder of this package") from None
     if not isinstance(header, dict) or type(header.get('format')) is not int or not isinstance(header.get('sha256'), dict):
         raise CheckpointError(f"{at}: no format number or no checksums; accepted: a checkpoint folder of this package")
     if header['format'] != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{at}: format {header['format']}, written by {'a newer' if header['format'] > CHECKPOINT_FORMAT else 'an older'} version of this package; accepted: {CHECKPOINT_FORMAT}")
     tensors = {}
     for name, want in header['sha256'].items():
-        if Path(name).name != name or not name.endswith('.safetensors') or '\\' in name or '\0' in name: raise CheckpointError(f"{at}: names {name!r}; accepted: names of .safetensors files beside it")
-        try: data = (folder/name).read_bytes()
-        except OSError as e: raise CheckpointError(f"{folder/name}: {e.strerror}; the header names it") from None
-        if hashlib.sha256(data).hexdigest() != want: raise CheckpointError(f"{folder/name}: checksum differs from the header's; the file is damaged")
-        try: tensors[name.removesuffix('.safetensors')] = _load_tensors(data)
-        except Exception as e: raise CheckpointError(f"{folder/name}: not a safetensors file ({e})") from None
+        if Path(name).name != name or not name.endswith('.safetensors') or '\\' in name or '\0' in name:
+            raise CheckpointError(f"{at}: names {name!r}; accepted: names of .safetensors files beside it")
+        try:
+            data = (folder/name).read_bytes()
+        except OSError as e:
+            raise CheckpointError(f"{folder/name}: {e.strerror}; the header names it") from None
+        if hashlib.sha256(data).hexdigest() != want:
+            raise CheckpointError(f"{folder/name}: checksum differs from the header's; the file is damaged")
+        try:
+            tensors[name.removesuffix('.safetensors')] = _load_tensors(data)
+        except Exception as e:
+            raise CheckpointError(f"{folder/name}: not a safetensors file ({e})") from None
     return tensors, header
 
-def _no_constant(name): raise ValueError(f'{name} is not JSON')
+def _no_constant(name):
+    raise ValueError(f'{name} is not JSON')

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from pid_ssl import downstream, evaluate_labels
+from pid_ssl.experiments import downstream
+from pid_ssl.evaluate import labels as evaluate_labels
 from pid_ssl.config import Config, ConfigError
 from pid_ssl.data import DataError, ViewMaker, load_dataset
 from pid_ssl.data.dense import digit_scenes
@@ -206,7 +207,8 @@ def test_one_record_for_one_measurement(trained, monkeypatch):
     few = [ask(barlow, task="low_label", fraction=f, draws=1, epochs=1) for f in (0.05, 0.1)]
     assert few[0].run_id != few[1].run_id
 
-    def again(measured): raise RuntimeError("measured again")
+    def again(measured):
+        raise RuntimeError("measured again")
     monkeypatch.setitem(downstream.TASKS, "classify", again)
     assert ask(barlow, weights="untrained").metrics == first.metrics
     with pytest.raises(RuntimeError, match="measured again"):

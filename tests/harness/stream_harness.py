@@ -1,6 +1,6 @@
 """A dataset larger than memory, pretrained on and evaluated, with its memory watched.
 
-python tests/stream_harness.py [--images 80000] [--side 96] [--cap 1500]
+python tests/harness/stream_harness.py [--images 80000] [--side 96] [--cap 1500]
 
 Makes a Parquet set of JPEGs (2.2 GB of pixels by default) and one of 1,000 images, makes the same run on both, and samples the anonymous memory
 of each process: what cannot be given back to the system, unlike the pages of a mapped file. The run on the large set gets a limit on its
@@ -23,11 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RUN = """
 import sys
 from torch import nn
-from pid_ssl import evaluate, trainers_base
+from pid_ssl import evaluate
+from pid_ssl.experiments import training as trainers_base
 from pid_ssl.models import SmallResNet
 def build_encoder(name, image_size, channels, width):
     net = nn.Sequential(nn.AvgPool2d(8), SmallResNet(width, channels))

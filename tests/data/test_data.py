@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from pid_ssl import data_sources
+from pid_ssl.data import sources as data_sources
 from pid_ssl.data import DataError, ViewMaker, load_dataset
 
 

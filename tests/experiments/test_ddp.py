@@ -15,7 +15,8 @@ from conftest import ROOT
 from fault_harness import ARGS, Run, context
 from torch import nn
 
-from pid_ssl import trainers_base, trainers_ddp
+from pid_ssl.experiments import training as trainers_base
+from pid_ssl.experiments import processes as trainers_ddp
 from pid_ssl.config import Config, resolve
 from pid_ssl.data import load_dataset
 from pid_ssl.losses import LOSSES

@@ -1,11 +1,11 @@
-"""One dialect in notebooks, package and tests: what ruff has no rule for. `python tests/dialect.py [PATH ...]` lists each place."""
+"""One dialect in notebooks, package and tests: what ruff has no rule for. `python tests/harness/dialect.py [PATH ...]` lists each place."""
 import ast
 import json
 import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WIDTH, DEPTH, CELL = 120, 2, 60
 SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda, ast.IfExp)
 

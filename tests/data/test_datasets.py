@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from pid_ssl import data_stream
+from pid_ssl.data import stream as data_stream
 from pid_ssl.config import Config, ConfigError, resolve
 from pid_ssl.data import DATASETS, DataError, load_dataset, open_source
 from pid_ssl.experiments.pretrain import Pretraining, main, pretrain
@@ -336,7 +336,8 @@ def test_killed_writer_leaves_no_file_under_the_name(tmp_path):
 MEMORY = """
 import json, sys
 import torch
-from pid_ssl import data, data_stream
+from pid_ssl import data
+from pid_ssl.data import stream as data_stream
 from pid_ssl.experiments.pretrain import Pretraining
 from pid_ssl.evaluate import extract_features
 from pid_ssl.data.views import ViewMaker

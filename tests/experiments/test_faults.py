@@ -296,7 +296,7 @@ def test_nothing_is_unpickled():
 TABLE = ROOT / "data/benchmarks/faults.json"
 
 
-@pytest.mark.skipif(not TABLE.exists(), reason="made by python tests/fault_harness.py")
+@pytest.mark.skipif(not TABLE.exists(), reason="made by python tests/harness/fault_harness.py")
 def test_committed_table():
     """What the whole harness found, on the machine named in the file."""
     table = json.loads(TABLE.read_text())

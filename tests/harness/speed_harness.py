@@ -1,6 +1,6 @@
 """Times views, training steps and evaluation against what people use today, on the machine at hand; writes `data/benchmarks/{view,train,growth,eval}_speed.json`.
 
-    python tests/speed_harness.py [view] [train] [growth] [eval]      (needs `pip install "pid_ssl[bench]"` and CIFAR-10, see README)
+    python tests/harness/speed_harness.py [view] [train] [growth] [eval]      (needs `pip install "pid_ssl[bench]"` and CIFAR-10, see README)
 
 Sides take turns, each turn in a process of its own, so that whatever else the machine does meets all of them and memory is counted apart. Nothing else should run.
 """
@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 BATCH, WORKERS = 256, 2
 

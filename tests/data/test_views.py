@@ -11,7 +11,7 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from pid_ssl import views
+from pid_ssl.data import views
 from pid_ssl.data import load_dataset
 from pid_ssl.data.views import POLICIES, Policy, ViewMaker, affine_parameters, draw_colour, gaussian_blur, jitter_colour, resample
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
 from torch.autograd import gradcheck
 
-from pid_ssl import losses_pid
+from pid_ssl.losses import target as losses_pid
 from pid_ssl.config import ConfigError
 from pid_ssl.losses import (BYOL, LOSSES, NTXent, PIDBarlowTwins, PIDLoss, PIDWMSE, RunningMean, VICReg, WMSE, BarlowTwins,
                             cross_correlation, standardise)

@@ -1,7 +1,7 @@
 """Stop, kill, starve and damage a small run on digits, then start it again: does it end where the undisturbed run does?
 
 `test_faults.py` does a part of it. As a program it does the whole, or the parts that are named, and writes `data/benchmarks/faults.json`:
-    OMP_NUM_THREADS=1 python tests/fault_harness.py [killed_at_points] [killed_while_replacing] [killed_at_random] [long_run] [fuzz]
+    OMP_NUM_THREADS=1 python tests/harness/fault_harness.py [killed_at_points] [killed_while_replacing] [killed_at_random] [long_run] [fuzz]
 """
 import builtins
 import ctypes
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARGS = dict(loss="pid", epochs=3, width=4, train_size=64, batch_size=32, projector_dim=8, projector_hidden=8, threads=1)
 
 # one process imports torch, every run is forked from it
@@ -149,7 +149,7 @@ def clock_back(home, seconds):
 
 def watch(home, file):
     """Note resident memory and open files after every epoch."""
-    from pid_ssl import trainers
+    from pid_ssl.experiments import pretrain as trainers
 
     real, rows = trainers.save_state, []
 

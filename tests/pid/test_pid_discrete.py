@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pid_ssl.pid import discrete_information, pid_discrete
-from pid_ssl import pid_broja
+from pid_ssl.pid import broja as pid_broja
 from pid_ssl.pid.broja import conditional_entropy, round_to_marginals, solve_broja
 
 CHECKS = settings(max_examples=60, deadline=None, derandomize=True)
