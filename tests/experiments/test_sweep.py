@@ -196,8 +196,8 @@ def test_notebooks_of_a_sweep(tmp_path):
     assert len(history) == TINY["epochs"]
 
 
-RECIPES = {"ablations": "ablations", "cifar10": "cifar10_cpu_results", "beta_curve": "beta_table", "digits": "digits_results", "digits_beta": "digits_beta_table",
-           "imagenette-96": "imagenette_96_cpu_results", "tiny-imagenet-32": "tiny_imagenet_32_cpu_results"}
+RECIPES = {"ablations": "ablations_cifar10", "cifar10": "results_cifar10", "beta_curve": "beta_table_cifar10", "digits": "results_digits", "digits_beta": "beta_table_digits",
+           "imagenette-96": "results_imagenette_96", "tiny-imagenet-32": "results_tiny_imagenet_32"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs/sweeps").iterdir()), ids=lambda p: p.stem)
