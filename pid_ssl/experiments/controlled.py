@@ -311,6 +311,7 @@ def _objective(model, data, views, drawn):
 def run_controlled(config: ControlledConfig, # what to run
                   ) -> RunRecord:            # finished
     "Train one arm, probe it beside the untrained network, write the record; raises `NonFiniteLoss`."
+    warn_unread(CONTROLLED, config)
     torch.set_num_threads(config.threads or default_threads())
     c, start = config, time.perf_counter()
     data = Trifeature(c.seed, c.image_size, c.drawings)
