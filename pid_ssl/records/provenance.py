@@ -15,7 +15,8 @@ from ..config import Config, digest, project_root, source_hash
 def git_state(folder: str | Path | None = None, # default the project's root
              ) -> dict:                         # commit and dirty flag, both None outside a clone
     "Commit and whether tracked files differ from it."
-    run = lambda *a: subprocess.run(['git', *a], cwd=folder or project_root(), capture_output=True, text=True, timeout=30)
+    how = dict(cwd=folder or project_root(), capture_output=True, text=True, timeout=30)
+    run = lambda *a: subprocess.run(['git', *a], **how)
     state = {'git_commit': None, 'git_dirty': None}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = run('rev-parse', 'HEAD')

@@ -40,7 +40,7 @@ class RunRecord:
     def save(self,
              folder: str | Path, # of records
             ) -> Path:           # the file
-        "Write to a temporary name and rename; raises `ValueError` on NaN or infinity, `StorageError` when the disk refuses."
+        "Write the file whole or not at all; raises `ValueError` on NaN and infinity, `StorageError` from the disk."
         folder = Path(folder)
         value = dataclasses.asdict(self)
         value['provenance']['checksum'] = _checksum(value)
