@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..config import ConfigError, _check, _f, digest, from_dict, project_root, read_args
+from ..config import ConfigError, check as _check, setting as _f, digest, from_dict, project_root, read_args
 from ..data.trifeature import TRUTH, Trifeature
 from ..data.views import Policy, ViewMaker
 from ..records import StorageError, writing

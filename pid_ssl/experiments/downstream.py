@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import nn
-from ..config import POLICIES_BY_DATASET, ConfigError, _check, _f, digest, from_dict, project_root, read_args
+from ..config import POLICIES_BY_DATASET, ConfigError, check as _check, setting as _f, digest, from_dict, project_root, read_args
 from ..data import POLICIES, DataError, Dataset, Policy, ViewMaker, load_dataset
 from ..data.dense import load_detection, load_segmentation
 from ..evaluate import calibrate_batchnorm, evaluate_encoder
