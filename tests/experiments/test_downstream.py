@@ -282,7 +282,7 @@ def test_fine_tuning_takes_the_geometry_of_the_policy_of_the_run(trained, monkey
     home = trained[0]
     turned = pretrain(Config(loss="barlow", dataset="digits", policy="none", epochs=1, width=8, seed=5, home=str(home), threads=1))
     seen = []
-    monkeypatch.setattr(downstream, "finetune", lambda encoder, dataset, views, *rest: (seen.append(views.policy), {"test_finetune": 1.0})[1])
+    monkeypatch.setattr(downstream, "finetune", lambda encoder, dataset, views, **more: (seen.append(views.policy), {"test_finetune": 1.0})[1])
     ids = [run_downstream(DownstreamConfig(run=r.run_id, task="finetune", weights="untrained", home=str(home), threads=1)).run_id for r in (trained[1], turned)]
     assert seen == [light_policy(downstream.POLICIES[p]) for p in ("digits", "none")] and ids[0] != ids[1], "controls of the same weights, augmented differently"
 
