@@ -43,7 +43,7 @@ def read_args(argv: list | None = None, # default the process's arguments
               about: str = '',          # what it does, in a sentence
              ) -> object:               # of that kind, validated
     "A config from a command line with the fields as options; raises `ConfigError`."
-    parser = argparse.ArgumentParser(prog=prog, description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog, f'{prog} [--FIELD VALUE ...]', about, allow_abbrev=False)
     for heading, fields in grouped(kind).items():
         group = parser.add_argument_group(heading)
         for f in fields:
