@@ -21,9 +21,9 @@ from .tables import (ACCURACIES, KNOBS, LOSS_NAMES, LOSS_TABLE, METRICS, PID_LOS
                                    TEACHER_LOSSES, By, Loss, Metric, Task, by_hand, check_knob, knob, losses_with,
                                    main_metrics, metric_end, tasks_of, tasks_that_read)
 
-_all_ = ['ACCURACIES', 'EXIT_STATUS', 'KNOBS', 'LOSS_NAMES', 'LOSS_TABLE', 'METRICS', 'PID_LOSSES', 'POLICIES_BY_DATASET',
-         'PRESETS', 'TASK_TABLE', 'TEACHER_LOSSES', 'By', 'Checked', 'Config', 'ConfigError', 'Exit', 'Loss',
-         'Metric', 'Task', 'accepted', 'as_arguments', 'by_hand', 'check',
+_all_ = ['ACCURACIES', 'EXIT_STATUS', 'KNOBS', 'LOSS_NAMES', 'LOSS_TABLE', 'METRICS', 'PID_LOSSES',
+         'POLICIES_BY_DATASET', 'PRESETS', 'TASK_TABLE', 'TEACHER_LOSSES', 'By', 'Checked', 'Config', 'ConfigError',
+         'Exit', 'Loss', 'Metric', 'Task', 'accepted', 'as_arguments', 'by_hand', 'check',
          'check_knob', 'digest', 'exit_meaning', 'exit_status',
          'from_dict', 'grouped', 'guarded', 'identity', 'kind_of', 'knob', 'losses_with', 'main_metrics', 'metric_end',
          'parameter_table', 'parameters_cell', 'preset_values', 'project_root', 'read_args', 'reads', 'resolve',
