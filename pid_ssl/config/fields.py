@@ -7,7 +7,7 @@ __all__ = ['setting', 'Checked', 'kind_of', 'accepted', 'check', 'grouped']
 
 # %% ../../nbs/config/03_fields.ipynb #dd4a0747
 import dataclasses, math, re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from .errors import ConfigError
 
 # %% ../../nbs/config/03_fields.ipynb #d9203805
@@ -23,11 +23,13 @@ def setting(default: object,                # None leaves the value to a preset,
             needs: dict | None = None,      # values of other fields without which it is not read
             group: str = '',                # heading above it, kept until the next one
             losses: tuple | None = None,    # readers, by its old name
-           ) -> object:                     # of a dataclass
+            **more,                         # whatever else a table keeps beside it
+           ) -> dataclasses.Field:
     "A field of a config."
     readers = readers or losses
-    return field(default=default, metadata=dict(help=help, lo=lo, hi=hi, choices=choices, readers=readers, losses=readers, changes_result=changes_result,
-                                                pattern=pattern, absent=absent, needs=needs or {}, group=group))
+    about = dict(help=help, lo=lo, hi=hi, choices=choices, readers=readers, losses=readers, changes_result=changes_result,
+                 pattern=pattern, absent=absent, needs=needs or {}, group=group)
+    return dataclasses.field(default=default, metadata=about | more)
 
 @dataclass(frozen=True)
 class Checked:

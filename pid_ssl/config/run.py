@@ -60,8 +60,10 @@ class _Machine(Checked):
     download: bool = setting(False, 'let torchvision download a dataset that is not there', changes_result=False)
     force: bool = setting(False, 'run again although a finished record exists', changes_result=False)
 
-_Knobs = make_dataclass('_Knobs', [(k.name, k.kind, k.setting(k.default, losses_with(k.name))) for k in KNOBS.values()],
-                        bases=(Checked,), frozen=True)
+def _field(knob):
+    return knob.name, knob.type, setting(knob.default, **{**knob.metadata, 'readers': losses_with(knob.name)})
+
+_Knobs = make_dataclass('_Knobs', map(_field, KNOBS.values()), bases=(Checked,), frozen=True)
 
 @dataclass(frozen=True)
 class Config(_Machine, _Knobs, _Run):  # dataclasses take the fields of the last base first
@@ -90,7 +92,7 @@ def preset_values(preset: str,    # digits, cpu or gpu
                   loss: str = '', # none: what all losses share
                  ) -> dict:       # field -> value
     "The values that a preset gives to the fields left open."
-    knobs = {k.name: By.at(k.presets, preset) for k in KNOBS.values() if k.presets is not None}
+    knobs = {name: By.at(k.metadata['presets'], preset) for name, k in KNOBS.items() if k.metadata['presets'] is not None}
     own = LOSS_TABLE[loss].presets if loss else {}
     return {**_COMMON, **_SIZES[preset], **knobs, **{k: By.at(v, preset) for k, v in own.items()}}
 
