@@ -11,6 +11,7 @@ from .errors import ConfigError, unknown
 from .fields import accepted, grouped, kind_of
 from .run import PRESETS, Config
 from .tables import LOSS_TABLE
+from .tables import LOSS_TABLE
 
 # %% ../../nbs/config/06_outside.ipynb #fcc73b69
 def from_dict(given: dict,          # field names and values
@@ -35,7 +36,8 @@ def told(config: object,          # any config
 def as_arguments(given: dict, # field names and values
                 ) -> list:    # of text
     "Names and values as `read_args` takes them."
-    return [f'--{k}' if v is True else f'--no-{k}' if v is False else f'--{k}={v}' for k, v in given.items()]
+    flags = {True: '--{}', False: '--no-{}'}
+    return [flags[v].format(k) if isinstance(v, bool) else f'--{k}={v}' for k, v in given.items()]
 
 # %% ../../nbs/config/06_outside.ipynb #4e9cac84
 def read_args(argv: list | None = None, # default the process's arguments
