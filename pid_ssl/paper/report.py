@@ -7,8 +7,8 @@ __all__ = ['STARS', 'FORMULA', 'STYLE', 'PAGE', 'parameter_comments', 'rooms', '
            'build_report', 'find_browser', 'print_pdf', 'command']
 
 # %% ../../nbs/paper/91_report.ipynb #3cd096b1
-import argparse, ast, base64, dataclasses, html, importlib, inspect, io, json, os, re, shutil, subprocess, sys
-import tempfile, textwrap, tokenize
+import argparse, ast, base64, dataclasses, html, importlib, inspect, io, json, os, re, shutil, subprocess, tempfile
+import textwrap, tokenize
 from pathlib import Path
 import pid_ssl
 from ..config import project_root
@@ -103,11 +103,12 @@ def api_reference(links: str = '', # how to get to the folder of the notebooks, 
         out.append(f'<h2 id="module-{stem}">pid_ssl.{stem}</h2>{_doc(module)}<p>{made}</p>')
         for name in getattr(module, '__all__', []):
             thing = getattr(module, name)
-            home = getattr(thing, '__module__', '') if hasattr(thing, '__name__') else module.__name__
+            passed_on = hasattr(thing, '__name__') and not inspect.ismethod(thing)
+            home = thing.__module__ if passed_on else module.__name__
             if home == module.__name__ or not home.startswith('pid_ssl.'):
                 out.append(f'<section id="api-{stem}.{name}">{_entry(name, thing)}</section>')
             else:
-                there = f"{home}.{name if name in getattr(sys.modules[home], '__all__', []) else thing.__name__}"
+                there = f'{home}.{thing.__name__}'
                 link = f'<a href="#api-{there.removeprefix("pid_ssl.")}">{there}</a>'
                 out.append(f'<p id="api-{stem}.{name}"><code>{name}</code>: see {link}</p>')
     return '\n'.join(out)
@@ -157,8 +158,9 @@ def notebook_html(path: str | Path,     # a notebook
     exporter = nbconvert.HTMLExporter(template_name='basic', embed_images=True)
     body, _ = exporter.from_notebook_node(nb, resources={'metadata': {'path': str(path.parent)}})
     pictures = (r'src="(?!data:)([^"]+\.png)"', lambda m: f'src="{_inline(path.parent/m[1])}"')
-    drawn = (r'formula(\d+)x', lambda m: formulas[int(m[1])])  # but not in the anchor of a heading
-    for pattern, new in (pictures, (r'formula\d+x-?(?=[^<>]*>)', ''), drawn, (r'(<h\d) id="', rf'\1 id="{path.stem}-'), (r'<a class="anchor-link".*?</a>', ''),
+    drawn = (r'formula(\d+)x', lambda m: formulas[int(m[1])])
+    in_anchors = (r'formula\d+x-?(?=[^<>]*>)', '')
+    for pattern, new in (pictures, in_anchors, drawn, (r'(<h\d) id="', rf'\1 id="{path.stem}-'), (r'<a class="anchor-link".*?</a>', ''),
                          (r'href="\.\./figures/(\w+)\.md"', r'href="#figures-\1"')):
         body = re.sub(pattern, new, body)
     return body
