@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 import numpy as np
 from ..config import Config, digest, from_dict, identity, project_root, resolve
-from .base import NAMES, SMALLEST, WIDTH, DataFile, colour, data_file, fill_markers, ink, markdown_table, plotting, smallest_type, spread
+from .base import NAMES, SMALLEST, WIDTH, DataFile, colour, data_file, fill_markers, fill_notebook, ink, markdown_table, plotting, smallest_type, spread
 from ..records import RunRecord, load_records
 
 # %% ../../nbs/figures/80_figures.ipynb #c1a527ac
@@ -238,7 +238,7 @@ class Gallery:
                  notebook: str = 'make_figures',   # the notebook that draws
                 ):
         self.folder, self.notebook, self.rebuilt, self.seen = Path(folder or project_root()/'figures'), notebook, [], []
-        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder/'files').mkdir(parents=True, exist_ok=True)
         path = self.folder/'manifest.json'
         try:
             self.manifest = json.loads(path.read_text()) if path.exists() else {}
@@ -246,7 +246,7 @@ class Gallery:
             raise ValueError(f'{path}: not readable as JSON ({e}); delete it to rebuild every figure') from None
         if not isinstance(self.manifest, dict):
             raise ValueError(f'{path}: a {type(self.manifest).__name__}; accepted: figure names with their entries (delete it to rebuild every figure)')
-        plain = lambda v: isinstance(v, dict) and all(re.fullmatch(r'\w[\w.-]*', k) and isinstance(h, str) for k, h in v.items())
+        plain = lambda v: isinstance(v, dict) and all(re.fullmatch(r'(files/)?\w[\w.-]*', k) and isinstance(h, str) for k, h in v.items())
         for name, entry in self.manifest.items():
             if not isinstance(entry, dict) or not isinstance(entry.get('notebook'), str) or not plain(entry.get('output_hashes')):
                 raise ValueError(f'{path}: entry {name!r} has no notebook or no output_hashes of plain file names; accepted: entries as `add` writes them (delete the file to rebuild every figure)')
@@ -284,19 +284,19 @@ class Gallery:
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
     def _write(self, name, made, text, stamp):
-        stamp = f'{text} {stamp}'
+        stamp, files = f'{text} {stamp}', self.folder/'files'
         if hasattr(made, 'savefig'):
             import matplotlib.pyplot as plt
             made.savefig(self.folder/f'{name}.png', metadata={'Description': stamp, 'Software': None})
-            made.savefig(self.folder/f'{name}.pdf', metadata={'Subject': stamp, 'CreationDate': None, 'Producer': None, 'Creator': None})
+            made.savefig(files/f'{name}.pdf', metadata={'Subject': stamp, 'CreationDate': None, 'Producer': None, 'Creator': None})
             plt.close(made)
-            return [f'{name}.png', f'{name}.pdf']
-        made.to_csv(self.folder/f'{name}.csv', index=False, lineterminator='\n')
+            return [f'{name}.png', f'files/{name}.pdf']
+        made.to_csv(files/f'{name}.csv', index=False, lineterminator='\n')
         (self.folder/f'{name}.md').write_text(f'{markdown_table(made)}\n{text}\n')
         escape = lambda s: re.sub(r'([&%_#$])', r'\\\1', str(s)).replace('±', r'$\pm$').replace('²', '$^2$')
         body = [' & '.join(map(escape, made.columns)) + r' \\ \midrule', *(' & '.join(map(escape, r)) + r' \\' for r in made.values.tolist())]
-        (self.folder/f'{name}.tex').write_text(f'% {stamp}\n\\begin{{tabular}}{{{"l"*len(made.columns)}}} \\toprule\n' + '\n'.join(body) + '\n\\bottomrule \\end{tabular}\n')
-        return [f'{name}.csv', f'{name}.md', f'{name}.tex']
+        (files/f'{name}.tex').write_text(f'% {stamp}\n\\begin{{tabular}}{{{"l"*len(made.columns)}}} \\toprule\n' + '\n'.join(body) + '\n\\bottomrule \\end{tabular}\n')
+        return [f'files/{name}.csv', f'{name}.md', f'files/{name}.tex']
 
     def close(self) -> list: # names rebuilt
         "Write the manifest, dropping entries of this notebook that were not added again."
@@ -309,15 +309,15 @@ class Gallery:
 # %% ../../nbs/figures/80_figures.ipynb #7303915b
 def drift(root: str | Path | None = None, # default the project's root
          ) -> list:                       # of sentences; empty when all is well
-    "What differs between README, the files in `figures/` and their manifest."
+    "What differs between README, the notebooks for reading, the files in `figures/` and their manifest."
     root = Path(root or project_root())
     gallery, readme = Gallery(root/'figures'), root/'README.md'
     out = [f'figures/{f} is not what the manifest says' for e in gallery.manifest.values() for f, h in e['output_hashes'].items() if gallery._hash(f) != h]
     known = {f for e in gallery.manifest.values() for f in e['output_hashes']} | {'manifest.json'}
-    out += [f'figures/{p.name} is not in the manifest' for p in sorted((root/'figures').iterdir()) if p.name not in known]
+    out += [f'figures/{p.relative_to(root/"figures").as_posix()} is not in the manifest' for p in sorted((root/'figures').rglob('*')) if p.is_file() and p.relative_to(root/'figures').as_posix() not in known]
     if readme.is_file() and (text := readme.read_text()) != fill_markers(text, root/'figures'):
         out.append('README.md has other tables than figures/')
-    return out
+    return out + [f'nbs/{p.name} has other numbers than figures/' for p in sorted((root/'nbs').glob('*.ipynb')) if fill_notebook(p, root/'figures', write=False)]
 
 def show(*names: str,                      # stems of files
          folder: str | Path | None = None, # default the project's figures/
@@ -339,7 +339,7 @@ def committed(name: str,                        # stem of the files
               folder: str | Path | None = None, # default the project's figures/
              ) -> str:                          # Markdown
     "The table, once it is seen to be the committed one; raises `ValueError` when it is not."
-    path = Path(folder or project_root()/'figures')/f'{name}.csv'
+    path = Path(folder or project_root()/'figures')/'files'/f'{name}.csv'
     if not path.is_file() or path.read_text() != table.to_csv(index=False, lineterminator='\n'):
         raise ValueError(f'{path}: not the table of its record; run nbs/make_figures.ipynb')
     return markdown_table(table)

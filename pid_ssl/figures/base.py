@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SHORT', 'WIDTH', 'SMALLEST', 'plotting', 'colour', 'ink', 'smallest_type', 'spread', 'markdown_table',
-           'DataFile', 'data_file', 'fill_markers']
+           'DataFile', 'data_file', 'committed_rows', 'fill_markers', 'fill_notebook']
 
 # %% ../../nbs/figures/81_base.ipynb #65194eef
-import hashlib, json, re
+import csv, hashlib, json, re
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -83,16 +83,65 @@ def data_file(name: str,                        # below the data folder
         raise ValueError(f'{path}: not readable ({e}); accepted: a file of the project') from None
 
 # %% ../../nbs/figures/81_base.ipynb #eae6a680
+def committed_rows(name: str,                        # of a table
+                   folder: str | Path | None = None, # default the project's figures/
+                  ) -> list:                         # of dicts: column -> text
+    "The rows of a committed table; raises `FileNotFoundError` where there is none."
+    path = Path(folder or project_root()/'figures')/'files'/f'{name}.csv'
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: a marker asks for it; run nbs/make_figures.ipynb')
+    with path.open(newline='') as f:
+        return list(csv.DictReader(f))
+
+def _cell(folder, name, row, column, number=None):
+    "One cell, or the number in that place of it."
+    rows, wanted = committed_rows(name, folder), row.split('; ')
+    fits = [r for r in rows if set(wanted) <= set(r.values())]
+    if len(fits) != 1 or column not in fits[0]:
+        known = '; '.join(' | '.join(r.values()) for r in fits or rows)
+        raise ValueError(f'marker value {name} | {row} | {column}: {len(fits)} rows fit; accepted: one row of {known}, '
+                         f"and a column of {', '.join(rows[0])}")
+    found = re.findall(r'[+-]?\d[\d,]*\.?\d*', fits[0][column])
+    return fits[0][column] if number is None else found[int(number) - 1]
+
+def _caption(folder, name):
+    "The caption that the manifest has for a figure or table."
+    return json.loads((folder/'manifest.json').read_text())[name]['caption']
+
+def _block(folder, name, columns=None):
+    "A table with its caption, or some of its columns."
+    if name == 'parameters':
+        return parameter_table()
+    if columns is None:
+        return (folder/f'{name}.md').read_text().rstrip()
+    rows, names = committed_rows(name, folder), columns.split('; ')
+    lines = [names, ['---']*len(names), *([r[c] for c in names] for r in rows)]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + f'\n\n{_caption(folder, name)}'
+
 def fill_markers(text: str,                       # Markdown with markers
                  folder: str | Path | None = None,# default the project's figures/
-                ) -> str:                         # the same, blocks replaced
-    "Put `NAME.md` of the figures folder between each `<!-- table NAME -->` and the next `<!-- end -->`; `parameters` is the config's own table."
+                ) -> str:                         # the same, filled from the figures
+    "Fill what stands between markers; raises `FileNotFoundError`, `KeyError` or `ValueError` for what is not there."
     folder = Path(folder or project_root()/'figures')
-    def block(m):
-        if m.group(1) == 'parameters':
-            return f'<!-- table parameters -->\n{parameter_table()}\n<!-- end -->'
-        path = folder/f'{m.group(1)}.md'
-        if not path.is_file():
-            raise FileNotFoundError(f'{path}: README has a marker for it; run nbs/make_figures.ipynb')
-        return f'<!-- table {m.group(1)} -->\n{path.read_text().rstrip()}\n<!-- end -->'
-    return re.sub(r'<!-- table ([a-z0-9_]+) -->\n.*?<!-- end -->', block, text, flags=re.S)
+    def fill(m):
+        kind, parts = m[1], m[2].split(' | ')
+        made = {'table': _block, 'value': _cell, 'caption': _caption}[kind](folder, *parts)
+        return f'<!-- {kind} {m[2]} -->' + (made if kind == 'value' else f'\n{made}\n') + '<!-- end -->'
+    return re.sub(r'<!-- (table|value|caption) ([a-z0-9_]+(?: \| [^\n]+?)?) -->.*?<!-- end -->', fill, text, flags=re.S)
+
+def fill_notebook(path: str | Path,                # of a notebook
+                  folder: str | Path | None = None,# default the project's figures/
+                  write: bool = True,              # what has changed
+                 ) -> bool:                        # whether anything has
+    "Fill the markers in the Markdown cells of a notebook."
+    path = Path(path)
+    was = path.read_text()
+    notebook = json.loads(was)
+    for cell in notebook['cells']:
+        if cell['cell_type'] == 'markdown':
+            cell['source'] = fill_markers(''.join(cell['source']), folder).splitlines(keepends=True)
+    now = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+    changed = json.loads(now) != json.loads(was)
+    if write and changed:
+        path.write_text(now)
+    return changed

@@ -13,7 +13,8 @@ try:
 except ImportError:
     fcntl = None  # Windows
 from ..config import Config
-from .folders import checkpoint_folder, runs_folder
+from .folders import checkpoint_folder
+from .kind import runs_folder
 from .storage import repair_checkpoints, writing
 
 # %% ../../nbs/records/24_lock.ipynb #dc8522e8

@@ -23,7 +23,7 @@ from PIL import Image
 from pid_ssl.data import stream as data_stream
 from pid_ssl.config import Config, ConfigError, resolve
 from pid_ssl.data import DATASETS, DataError, load_dataset, open_source
-from pid_ssl.experiments.pretrain import Pretraining, main, pretrain
+from pid_ssl.trainers import Pretraining, main, pretrain
 
 RNG = np.random.default_rng(0)
 

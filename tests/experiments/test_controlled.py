@@ -10,8 +10,8 @@ from scipy import stats
 
 from pid_ssl.config import ConfigError
 from pid_ssl.data.trifeature import PARTS, ControlledAtoms, Trifeature, draw, synergy_table
-from pid_ssl.experiments.controlled import ARMS, Arm, ControlledConfig, controlled_config, controlled_id, load_controlled, mlp_probe, run_controlled
-from pid_ssl.evaluate import linear_probe
+from pid_ssl.experiments.controlled import ARMS, ControlledConfig, build_arm, controlled_config, controlled_id, load_controlled, run_controlled
+from pid_ssl.evaluate import linear_probe, mlp_probe
 from pid_ssl.pid import discrete_information, pid_discrete
 from pid_ssl.records import RecordError, load_record, load_records
 
@@ -124,9 +124,9 @@ def test_drawings_of_one_combination_differ_and_repeat():
 
 
 def test_arms_start_from_the_same_encoders():
-    first = Arm(ControlledConfig("clip", seed=2)).encoders.state_dict()
+    first = build_arm(ControlledConfig("clip", seed=2)).encoders.state_dict()
     for arm in ARMS:
-        assert all(torch.equal(v, first[k]) for k, v in Arm(ControlledConfig(arm, seed=2)).encoders.state_dict().items()), arm
+        assert all(torch.equal(v, first[k]) for k, v in build_arm(ControlledConfig(arm, seed=2)).encoders.state_dict().items()), arm
 
 
 def test_pairing_synergy_makes_the_match_linear():
@@ -137,7 +137,7 @@ def test_pairing_synergy_makes_the_match_linear():
     known = lambda rows: sum(code[k][data.labels[rows, k]] for k in range(3)) + 0.1*torch.randn(len(rows), 64)
     scores = {}
     for weight in (0., 1.):
-        arm = Arm(ControlledConfig("pid_pairing", "inside", pairing_weight=weight, batch_size=64, fusion=128))
+        arm = build_arm(ControlledConfig("pid_pairing", "inside", pairing_weight=weight, batch_size=64, fusion=128))
         optimizer = torch.optim.AdamW(arm.parameters(), 3e-3)
         for _ in range(200):
             i, j = data.pairs("train", 64, "inside", g)
@@ -155,7 +155,7 @@ def test_pairing_synergy_makes_the_match_linear():
 
 
 def test_records_are_of_their_own_kind(home, monkeypatch):
-    monkeypatch.setattr("pid_ssl.experiments.controlled.PROBE_PAIRS", {"fit": 200, "val": 100, "test": 100})
+    monkeypatch.setattr("pid_ssl.experiments.controlled.PROBE_PAIRS", {"train": 200, "val": 100, "test": 100})
     for name, value in (("AUDIT_PAIRS", 200), ("PROBE_STEPS", 20), ("AUDIT_STEPS", 20)):
         monkeypatch.setattr(f"pid_ssl.experiments.controlled.{name}", value)
     config = ControlledConfig("clip", steps=2, batch_size=16, drawings=1, width=4, dim=8, image_size=16, home=str(home))

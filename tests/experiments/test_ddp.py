@@ -311,7 +311,7 @@ def test_torchrun(team, whole):
     """What torchrun makes of a killed process; the first says where the same command goes on."""
     script = team.home.with_name("script.py")
     script.write_text(SCRIPT)
-    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | dict(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | dict(PYTHONPATH=f"{ROOT}:{ROOT / 'tests/harness'}")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *(f"--{k}={v}" for k, v in ARGS.items()), f"--home={team.home}"]
     out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert out.returncode == 1 and "is saved after epoch 1 of 3" in out.stderr and "SIGKILL" in out.stderr

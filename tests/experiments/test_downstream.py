@@ -257,10 +257,10 @@ def test_raw_pixels_are_a_column(trained, tmp_path):
     space, opening = {"folder": home / "data", "gallery": Gallery(tmp_path / "figures")}, ast.parse(next(s for s in sources if "import Gallery" in s or "Gallery(figures)" in s))
     opening.body = [n for n in opening.body if isinstance(n, (ast.Import, ast.ImportFrom))]
     exec(compile(opening, "<imports>", "exec"), space)
-    for i, code in enumerate(s for s in sources if "load_downstream(folder" in s or "gallery.add('pair_beta'" in s):
+    for i, code in enumerate(s for s in sources if "load_downstream(folder" in s or "gallery.add('two_views_beta_cifar10'" in s):
         linecache.cache[f"<after {i}>"] = (len(code), None, code.splitlines(True), f"<after {i}>")
         exec(compile(code, f"<after {i}>", "exec"), space)
-    rows = [line.split(",") for line in (tmp_path / "figures/downstream_digits_results.csv").read_text().splitlines()]
+    rows = [line.split(",") for line in (tmp_path / "figures/files/downstream_results_digits.csv").read_text().splitlines()]
     raw = f"{barlow.metrics['raw_test_linear_logreg']:.1f}"
     assert rows[0][-1] == "raw pixels" and raw in {row[-1] for row in rows[1:]}
     found = load_downstream(home / "data/downstream", task="classify")
@@ -282,7 +282,7 @@ def test_fine_tuning_takes_the_geometry_of_the_policy_of_the_run(trained, monkey
     home = trained[0]
     turned = pretrain(Config(loss="barlow", dataset="digits", policy="none", epochs=1, width=8, seed=5, home=str(home), threads=1))
     seen = []
-    monkeypatch.setattr(downstream, "finetune", lambda encoder, dataset, views, *rest: (seen.append(views.policy), {"test_finetune": 1.0})[1])
+    monkeypatch.setattr(downstream, "finetune", lambda encoder, dataset, views, **more: (seen.append(views.policy), {"test_finetune": 1.0})[1])
     ids = [run_downstream(DownstreamConfig(run=r.run_id, task="finetune", weights="untrained", home=str(home), threads=1)).run_id for r in (trained[1], turned)]
     assert seen == [light_policy(downstream.POLICIES[p]) for p in ("digits", "none")] and ids[0] != ids[1], "controls of the same weights, augmented differently"
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pid_ssl.config import Config
 from pid_ssl.records import load_records
-from pid_ssl.experiments.pretrain import main, pretrain
+from pid_ssl.trainers import main, pretrain
 
 
 def run(*args):

@@ -28,7 +28,8 @@ from pid_ssl.config import Config, ConfigError, from_dict, resolve
 from pid_ssl.data import DataError, Dataset, load_dataset
 from pid_ssl.records import CheckpointError
 from pid_ssl.records import STATUSES, RecordError, RunRecord, load_record
-from pid_ssl.experiments.pretrain import Pretraining, load_state, parse_args, save_state
+from pid_ssl.experiments.pretrain import Pretraining, parse_args
+from pid_ssl.experiments.resume import load_state, save_state
 
 FULL = bool(os.environ.get("PID_SSL_FUZZ"))
 COUNTS = Counter()  # examples made, and how they ended

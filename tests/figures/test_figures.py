@@ -29,7 +29,7 @@ def clone(tmp_path_factory):
     """What a fresh clone has and making figures needs."""
     root = tmp_path_factory.mktemp("clone")
     for name in TRACKED:
-        if name.startswith(("pid_ssl/", "data/", "figures/", "nbs/make_figures")) or name in ("settings.ini", "README.md"):
+        if name.startswith(("pid_ssl/", "data/", "figures/", "nbs/make_figures", "nbs/1_", "nbs/2_", "nbs/3_", "nbs/4_")) or name in ("settings.ini", "README.md"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
     return root
@@ -59,7 +59,8 @@ def make_here(root, monkeypatch):
 
 
 def hashes(root):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (root / "figures").iterdir()}
+    figures = root / "figures"
+    return {p.relative_to(figures).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in figures.rglob("*") if p.is_file()}
 
 
 def test_one_command_restores_every_byte(clone):
@@ -82,7 +83,7 @@ def test_a_changed_record_rebuilds_what_depends_on_it(clone, monkeypatch):
     manifest = json.loads((clone / "figures/manifest.json").read_text())
     before = hashes(clone)
     written = {name: (clone / "figures" / name).stat().st_mtime_ns for name in before}
-    run = manifest["cifar10_cpu_headline"]["runs"][0]
+    run = manifest["differences_cifar10"]["runs"][0]
     record = load_record(clone / f"data/runs/{run}.json")
     dataclasses.replace(record, metrics={**record.metrics, "test_linear_logreg": 99.0}).save(clone / "data/runs")
     rebuilt = make_here(clone, monkeypatch)
@@ -93,12 +94,12 @@ def test_a_changed_record_rebuilds_what_depends_on_it(clone, monkeypatch):
     files = {f for name in depends for f in manifest[name]["output_hashes"]}
     touched = {name for name in written if (clone / "figures" / name).stat().st_mtime_ns != written[name]}
     assert touched == files | {"manifest.json"}
-    assert after["cifar10_cpu_headline.csv"] != before["cifar10_cpu_headline.csv"]
+    assert after["files/differences_cifar10.csv"] != before["files/differences_cifar10.csv"]
     assert (clone / "README.md").read_text() != (ROOT / "README.md").read_text(), "README takes its numbers from there"
     assert drift(clone) == []
 
 
-@pytest.mark.parametrize("name", ["README.md", "figures/cifar10_cpu_results.csv", "figures/train_speed.md", "figures/plane.png"])
+@pytest.mark.parametrize("name", ["README.md", "figures/files/results_cifar10.csv", "figures/speed_training.md", "figures/plane_cifar10.png"])
 def test_an_edited_digit_is_noticed(clone, name):
     assert drift(clone) == []
     path = clone / name

@@ -171,7 +171,7 @@ def child(home, args, log, fault, parameters):
     os.environ.pop("IN_TEST", None)
     # a shell that starts the tests in the background has SIGINT ignored, and a run respects that
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from pid_ssl.experiments.pretrain import main
+    from pid_ssl.trainers import main
 
     if fault:
         FAULTS[fault](home, *parameters)

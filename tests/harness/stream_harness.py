@@ -36,7 +36,7 @@ def build_encoder(name, image_size, channels, width):
     return net
 trainers_base.build_encoder = build_encoder
 evaluate.RAW_VALUES = 0  # the small run would be measured on raw pixels, the large one is not
-from pid_ssl.experiments.pretrain import main
+from pid_ssl.trainers import main
 sys.exit(main(sys.argv[1:]))
 """
 
