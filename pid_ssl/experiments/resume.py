@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['checkpoints', 'save_state', 'load_state']
 
-# %% ../../nbs/experiments/74_resume.ipynb #a9f31e61
-import dataclasses, math, warnings
+# %% ../../nbs/experiments/74_resume.ipynb #52cb18a8
+import dataclasses, functools, math, warnings
 from pathlib import Path
 import torch
 from ..config import ConfigError, from_dict, identity
-from ..records import CheckpointError, load_checkpoint, remove_checkpoint, save_checkpoint
+from ..records import CheckpointError, load_checkpoint, remove_checkpoint, require, save_checkpoint
 from .training import Pretraining
 
-# %% ../../nbs/experiments/74_resume.ipynb #497ebab1
+# %% ../../nbs/experiments/74_resume.ipynb #d45ce988
 def checkpoints(folder: str | Path, # of a run's checkpoints
                ) -> list:           # of their paths, the oldest first
     "The checkpoints of a run's epochs."
@@ -48,10 +48,8 @@ def save_state(state: Pretraining,   # between two steps
         remove_checkpoint(old)
     return path
 
-# %% ../../nbs/experiments/74_resume.ipynb #f69fd39a
-def _require(fits, at, what, accepted):
-    if not fits:
-        raise CheckpointError(f'{at}: {what}; accepted: {accepted}')
+# %% ../../nbs/experiments/74_resume.ipynb #985dc63c
+_require = functools.partial(require, error=CheckpointError)
 
 def _numbers(rows):
     "Whether these are rows of finite numbers."
@@ -99,7 +97,7 @@ def _check_tensors(state, path, tensors):
     _fits(path/'optimizer.safetensors', tensors['optimizer'], moments)
     _fits(path/'random.safetensors', tensors['random'], _random(state))
 
-# %% ../../nbs/experiments/74_resume.ipynb #8661689e
+# %% ../../nbs/experiments/74_resume.ipynb #d4dc596f
 def _put_back(state, tensors):
     for stem, module in _modules(state).items():
         module.load_state_dict(tensors[stem])

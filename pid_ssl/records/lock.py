@@ -7,7 +7,6 @@ __all__ = ['RunLocked', 'lock_run']
 
 # %% ../../nbs/records/24_lock.ipynb #f36dc39d
 import contextlib, os, platform, warnings
-from pathlib import Path
 try:
     import fcntl
 except ImportError:
@@ -15,7 +14,7 @@ except ImportError:
 from ..config import Config
 from .folders import checkpoint_folder
 from .kind import runs_folder
-from .storage import repair_checkpoints, writing
+from .storage import check_folder, repair_checkpoints, writing
 
 # %% ../../nbs/records/24_lock.ipynb #dc8522e8
 class RunLocked(RuntimeError):
@@ -28,8 +27,7 @@ def lock_run(config: Config, # whose `home` counts
     "Hold a run and tidy up its folders; raises `RunLocked`, or `StorageError` when one of them cannot be written."
     path, runs = checkpoint_folder(config, run_id)/'lock', runs_folder(config)
     with writing(path):
-        for folder in (path.parent, runs):
-            folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, 'a+')
     with file:
         locked = _lock(file, run_id)
@@ -41,12 +39,7 @@ def lock_run(config: Config, # whose `home` counts
             repair_checkpoints(path.parent)
             for orphan in runs.glob(f'{run_id}.tmp-*'):
                 orphan.unlink(missing_ok=True)
-        trial = runs/f'{run_id}.tmp-{os.getpid()}'
-        with writing(runs):
-            try:
-                trial.write_text(' '*4096)
-            finally:
-                trial.unlink(missing_ok=True)
+        check_folder(runs)
         yield locked
 
 def _lock(file, run_id):
@@ -56,7 +49,9 @@ def _lock(file, run_id):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise RunLocked(f"run {run_id} is being made by {file.read(200) or 'another process'}, which holds {file.name}; wait for it or stop it") from None
+        owner = file.read(200) or 'another process'
+        about = f'run {run_id} is being made by {owner}, which holds {file.name}'
+        raise RunLocked(f'{about}; wait for it or stop it') from None
     except OSError as e:
         warnings.warn(f'{file.name}: no locks on this file system ({e.strerror}); do not start run {run_id} twice')
         return False

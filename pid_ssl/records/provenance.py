@@ -6,7 +6,7 @@
 __all__ = ['git_state', 'device_name', 'recorded_config', 'provenance', 'peak_memory']
 
 # %% ../../nbs/records/25_provenance.ipynb #b76b6eac
-import dataclasses, importlib.metadata, os, platform, re, subprocess, sys, time
+import contextlib, dataclasses, importlib.metadata, platform, re, subprocess, sys, time
 from pathlib import Path
 import torch
 from ..config import Config, digest, project_root, source_hash
@@ -15,14 +15,15 @@ from ..config import Config, digest, project_root, source_hash
 def git_state(folder: str | Path | None = None, # default the project's root
              ) -> dict:                         # commit and dirty flag, both None outside a clone
     "Commit and whether tracked files differ from it."
-    run = lambda *a: subprocess.run(['git', *a], cwd=folder or project_root(), capture_output=True, text=True, timeout=30)
-    try:
+    how = dict(cwd=folder or project_root(), capture_output=True, text=True, timeout=30)
+    run = lambda *a: subprocess.run(['git', *a], **how)
+    state = {'git_commit': None, 'git_dirty': None}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = run('rev-parse', 'HEAD')
-        if commit.returncode:
-            return {'git_commit': None, 'git_dirty': None}
-        return {'git_commit': commit.stdout.strip(), 'git_dirty': bool(run('status', '--porcelain', '--untracked-files=no', '--', 'pid_ssl').stdout.strip())}
-    except (OSError, subprocess.SubprocessError):
-        return {'git_commit': None, 'git_dirty': None}
+        if commit.returncode == 0:
+            changed = run('status', '--porcelain', '--untracked-files=no', '--', 'pid_ssl').stdout.strip()
+            state = {'git_commit': commit.stdout.strip(), 'git_dirty': bool(changed)}
+    return state
 
 def device_name(device_class: str, # 'cpu', 'cuda' or 'mps'
                ) -> str:           # as its maker calls it
@@ -46,9 +47,10 @@ def provenance(config: Config,     # resolved
               ) -> dict:           # what is known before the run starts
     "Hashes, versions and device of a run."
     versions = {p: importlib.metadata.version(p) for p in ('torch', 'torchvision', 'numpy', 'scikit-learn')}
-    return dict(config_hash=digest(recorded_config(config)), source_hash=source_hash(), dataset_hash=dataset_hash, **git_state(),
-                versions={'python': platform.python_version(), **versions}, device=device_class, device_name=device_name(device_class),
-                threads=torch.get_num_threads(), started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
+    return dict(config_hash=digest(recorded_config(config)), source_hash=source_hash(), dataset_hash=dataset_hash,
+                **git_state(), versions={'python': platform.python_version(), **versions},
+                device=device_class, device_name=device_name(device_class), threads=torch.get_num_threads(),
+                started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
 
 # %% ../../nbs/records/25_provenance.ipynb #f06a45aa
 def peak_memory(device_class: str, # 'cpu', 'cuda' or 'mps'

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..config import Config, ConfigError, digest, from_dict, identity
-from .storage import writing
+from .storage import read_json, require, write_bytes, writing
 
 # %% ../../nbs/records/26_record.ipynb #dcc5e371
 def run_id(config: Config,      # resolved
@@ -40,7 +40,7 @@ class RunRecord:
     def save(self,
              folder: str | Path, # of records
             ) -> Path:           # the file
-        "Write the record to a temporary name and rename it; raises `ValueError` on NaN or infinity, `StorageError` when the disk refuses."
+        "Write the file whole or not at all; raises `ValueError` on NaN and infinity, `StorageError` from the disk."
         folder = Path(folder)
         value = dataclasses.asdict(self)
         value['provenance']['checksum'] = _checksum(value)
@@ -50,10 +50,7 @@ class RunRecord:
         with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                with open(tmp, 'w') as f:
-                    f.write(text)
-                    f.flush()
-                    os.fsync(f.fileno())
+                write_bytes(tmp, text.encode())
                 os.replace(tmp, path)
             finally:
                 tmp.unlink(missing_ok=True)
@@ -61,8 +58,9 @@ class RunRecord:
 
 # %% ../../nbs/records/26_record.ipynb #82103ae7
 def _checksum(value):
+    unsigned = {k: v for k, v in value['provenance'].items() if k != 'checksum'}
     try:
-        return digest({**value, 'provenance': {k: v for k, v in value['provenance'].items() if k != 'checksum'}})
+        return digest({**value, 'provenance': unsigned})
     except (ValueError, RecursionError):
         return ''  # no content that a record can have
 
@@ -71,34 +69,25 @@ def load_record(path: str | Path,            # a JSON file
                ) -> RunRecord:               # checked
     "Read a run record; raises `RecordError` naming the file and what is wrong with it."
     path = Path(path)
-    try:
-        raw = json.loads(path.read_text(), parse_constant=_no_constant)
-    except (OSError, ValueError, RecursionError) as e:
-        raise RecordError(f"{path}: not readable as JSON ({e}); accepted: a run record") from None
+    raw = read_json(path, 'a run record', RecordError)
+    fit = lambda fits, what, accepted: require(fits, path, what, accepted, RecordError)
     keys = {f.name: f.type for f in dataclasses.fields(RunRecord)}
-    if not isinstance(raw, dict) or set(raw) != set(keys):
-        raise RecordError(f"{path}: keys {sorted(raw) if isinstance(raw, dict) else type(raw).__name__}; accepted: exactly {', '.join(keys)}")
+    got = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
+    fit(isinstance(raw, dict) and set(raw) == set(keys), f'keys {got}', f"exactly {', '.join(keys)}")
     for k, t in keys.items():
-        if not isinstance(raw[k], t):
-            raise RecordError(f"{path}: {k} is {type(raw[k]).__name__}; accepted: {t.__name__}")
-    if raw['run_id'] != path.stem:
-        raise RecordError(f"{path}: run_id {raw['run_id']!r}; accepted: the file's name, {path.stem!r}")
-    if raw['status'] not in STATUSES:
-        raise RecordError(f"{path}: status {raw['status']!r}; accepted: {', '.join(STATUSES)}")
+        fit(isinstance(raw[k], t), f'{k} is {type(raw[k]).__name__}', t.__name__)
+    fit(raw['run_id'] == path.stem, f"run_id {raw['run_id']!r}", f"the file's name, {path.stem!r}")
+    fit(raw['status'] in STATUSES, f"status {raw['status']!r}", ', '.join(STATUSES))
     stated = raw['provenance'].get('checksum')  # records of before 2026-11-23 have none
-    if stated is not None and stated != _checksum(raw):
-        raise RecordError(f"{path}: its content does not give its checksum {stated!r}, so it was damaged or edited; accepted: the file as the run wrote it (put it back, or run again with force=True)")
-    bad = [k for k, v in raw['metrics'].items() if type(v) not in (int, float) or not abs(v) < math.inf]
-    if bad:
-        raise RecordError(f"{path}: metrics[{bad[0]!r}] is {raw['metrics'][bad[0]]!r}; accepted: a finite number")
-    bad = [i for i, row in enumerate(raw['history']) if not isinstance(row, dict)]
-    if bad:
-        raise RecordError(f"{path}: history[{bad[0]}] is {type(raw['history'][bad[0]]).__name__}; accepted: a mapping of names to numbers")
+    fit(stated is None or stated == _checksum(raw),
+        f'its content does not give its checksum {stated!r}, so it was damaged or edited',
+        'the file as the run wrote it (put it back, or run again with force=True)')
+    for k, v in raw['metrics'].items():
+        fit(type(v) in (int, float) and abs(v) < math.inf, f'metrics[{k!r}] is {v!r}', 'a finite number')
+    for i, row in enumerate(raw['history']):
+        fit(isinstance(row, dict), f'history[{i}] is {type(row).__name__}', 'a mapping of names to numbers')
     try:
         parse(raw['config'])
     except ConfigError as e:
-        raise RecordError(f"{path}: config: {e}") from None
+        raise RecordError(f'{path}: config: {e}') from None
     return RunRecord(**raw)
-
-def _no_constant(name):
-    raise ValueError(f'{name} is not JSON')

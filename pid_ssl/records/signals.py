@@ -10,7 +10,7 @@ import signal, threading
 
 # %% ../../nbs/records/22_signals.ipynb #c8f00b6a
 class RunInterrupted(KeyboardInterrupt):
-    "SIGINT or SIGTERM stopped the run; the message says where the same call goes on. A `KeyboardInterrupt`, so that no `except Exception` swallows it."
+    "A signal stopped the run; says where the same call goes on. No `except Exception` swallows a `KeyboardInterrupt`."
     def __init__(self,
                  message: str, # where the run goes on
                  number: int,  # of the signal
@@ -19,14 +19,18 @@ class RunInterrupted(KeyboardInterrupt):
         self.signal = number
 
 class StopSignals:
-    "A context in which SIGINT and SIGTERM raise `RunInterrupted`: at once, or, while `wait` is set, when `check` is called."
-    def __init__(self):
-        self.number, self.wait, self.message, self.before = None, False, 'nothing was saved yet', {}
+    "A context in which signals raise `RunInterrupted`: at once, or, while `wait` is set, when `check` is called."
+    def __init__(self,
+                 *more: int,         # signals beside SIGINT and SIGTERM
+                 wait: bool = False, # from the start
+                ):
+        self.signals, self.wait = (signal.SIGINT, signal.SIGTERM, *more), wait
+        self.number, self.message, self.before = None, 'nothing was saved yet', {}
         self.patient = False  # ignore signals after the first
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for s in (signal.SIGINT, signal.SIGTERM):
+            for s in self.signals:
                 if signal.getsignal(s) is not signal.SIG_IGN:
                     self.before[s] = signal.signal(s, self._handle)
         return self
