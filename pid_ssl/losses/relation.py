@@ -6,6 +6,7 @@
 __all__ = ['EPS', 'ERRORS', 'Teller', 'Relation', 'relation_terms', 'Unique', 'RelationLoss']
 
 # %% ../../nbs/losses/54_relation.ipynb #a417de61
+import math
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -186,7 +187,7 @@ class RelationLoss(nn.Module):
         # rows in the order of the images: the same whether one process has them all or several share them
         rows = lambda x: x.transpose(0, 1).flatten(0, 1)
         loss = self.base(z) + self.relation(rows(h), rows(h.roll(-1, 0)), {k: rows(v) for k, v in rho.items()})
-        self.terms = self.base.terms | self.relation.terms
+        self.terms = self.relation.terms | self.base.terms
         if self.unique is not None:
             loss = loss + self.unique(rows(h), {k: rows(v) for k, v in own.items()})
             self.terms |= self.unique.terms
