@@ -14,7 +14,8 @@ __all__ = ['ACCURACIES', 'EXIT_STATUS', 'KNOBS', 'LOSS_NAMES', 'LOSS_TABLE', 'ME
 # %% ../../nbs/config/00_config.ipynb #be2d525b
 from .errors import EXIT_STATUS, ConfigError, Exit, exit_meaning, exit_status, guarded, unknown
 from .fields import Checked, accepted, check, grouped, kind_of, setting
-from .outside import as_arguments, from_dict, parameter_table, parameters_cell, read_args, told
+from .outside import (as_arguments, from_dict, loss_table, parameter_table, parameters_cell, read_args,
+                                    told)
 from .project import digest, project_root, source_hash
 from .run import POLICIES_BY_DATASET, PRESETS, Config, identity, preset_values, reads, resolve, unread
 from .tables import (ACCURACIES, KNOBS, LOSS_NAMES, LOSS_TABLE, METRICS, PID_LOSSES, TASK_TABLE,
