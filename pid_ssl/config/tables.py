@@ -54,24 +54,25 @@ _KNOBS = [
     knob('estimator', str, 'how mutual information is estimated', presets='gaussian',
          choices=('coordinate', 'gaussian', 'infonce'), absent='coordinate'),
     knob('shrinkage', float, 'eps in r -> (1 - eps) r, the guard of the log terms', presets=0.01, lo=1e-6, hi=0.5),
-    knob('decorrelation', float, 'weight of feature redundancy (off-diagonal correlations)', presets=By(0.02, 0.1, 0.02),
-         own=0.02, lo=0., hi=1e4),
+    knob('decorrelation', float, 'weight of feature redundancy (off-diagonal correlations)',
+         presets=By(0.02, 0.1, 0.02), own=0.02, lo=0., hi=1e4),
     knob('reduction', str, 'sum or mean of the informations over coordinates', 'sum', choices=('sum', 'mean')),
     knob('covariance_momentum', float, 'momentum of running correlations; 0: those of the batch', presets=0.9,
          lo=0., hi=0.999, absent=0.),
     knob('w_t', float, 'weight of the target terms', presets=0.3, lo=0., hi=100.),
-    knob('w_r', float, 'weight of the penalty on agreement beyond what the target explains', presets=0., lo=0., hi=100.),
+    knob('w_r', float, 'weight of the penalty on agreement beyond what the target explains', presets=0.,
+         lo=0., hi=100.),
     knob('kappa', float, 'how far view agreement is lowered to what the target explains', presets=0.5, lo=0., hi=1.),
     knob('tau', str, 'agreement asked for: explained, 1 - kappa + kappa a1 a2 / c_T; constant, 1 - kappa', 'explained',
          choices=('explained', 'constant')),
-    knob('excess', str, 'which distance of view agreement from tau costs: both, or agreement above it only', 'two_sided',
-         choices=('two_sided', 'one_sided')),
-    knob('target', str, 'what the EMA teacher embeds: the clean image, a third view of the same policy, the other view, '
-         'or the mean of two further views', 'ema_clean', argument=False,
+    knob('excess', str, 'which distance of view agreement from tau costs: both, or agreement above it only',
+         'two_sided', choices=('two_sided', 'one_sided')),
+    knob('target', str, 'what the EMA teacher embeds: the clean image, a third view of the same policy, the other '
+         'view, or the mean of two further views', 'ema_clean', argument=False,
          choices=('ema_clean', 'ema_third', 'ema_view', 'mean_of_others')),
     knob('ema_momentum', float, 'momentum of the EMA teacher', presets=0.99, lo=0., hi=1., argument=False),
-    knob('redundancy_phase', float, 'share of the steps spent in the redundancy phase, before beta, kappa and the target '
-         'terms come in', presets=0., lo=0., hi=1., absent=0., argument=False),
+    knob('redundancy_phase', float, 'share of the steps spent in the redundancy phase, before beta, kappa and the '
+         'target terms come in', presets=0., lo=0., hi=1., absent=0., argument=False),
     knob('anneal', float, 'share of the steps over which they then rise to their values', presets=0., lo=0., hi=1.,
          absent=0., argument=False),
     knob('phase_one', str, 'objective of pid in the redundancy phase: Barlow Twins, or L_beta with beta -1',
@@ -129,7 +130,8 @@ LOSS_TABLE = {row.name: row for row in [
     Loss('byol', 'BYOL', '#cc78bc', 'losses.baselines:BYOL', ('ema_momentum',), teacher=True,
          sizes={'dim': 'projector_dim', 'hidden': 'projector_hidden'}),
     Loss('pid', 'PID', '#ca9161', 'losses.target:PIDLoss',
-         ('beta', 'estimator', 'shrinkage', 'decorrelation', 'reduction', 'covariance_momentum', 'phase_one', *_TEACHER),
+         ('beta', 'estimator', 'shrinkage', 'decorrelation', 'reduction', 'covariance_momentum', 'phase_one',
+          *_TEACHER),
          'barlow', True, shown=('beta', 'estimator'), sizes={'dim': 'projector_dim'}),
     Loss('pid_barlow', 'PID Barlow Twins', '#56b4e9', 'losses.target:PIDBarlowTwins',
          ('lambda_param', 'w_t', 'kappa', 'tau', 'excess', *_TEACHER), 'barlow', True, shown=('w_t', 'kappa')),
@@ -168,25 +170,28 @@ class Task:
     dataset: str | None = None # measured on unless one is named; None: the run's own
     group: str = 'frozen'     # frozen, tuned, two_view or dense
 
+_FROZEN = ('image_size', 'train_size')
 _TUNED = ('image_size', 'seed', 'epochs', 'lr', 'encoder_lr', 'batch_size', 'policy')
 _DENSE = ('seed', 'epochs', 'lr')
 _AUDIT = ('codes', 'components', 'permutations', 'replicates')
+_NEAR = {'linear, {data}': ('linear_logreg',), '5-NN, {data}': ('knn5_euclidean',)}
 _PAIR = {
     'linear, one view': ('linear_view1', 'linear_view2'), 'linear, pair of views': ('linear_pair',),
     'linear, gain of the pair': ('linear_pair_gain',), 'MLP, one view': ('mlp_view1', 'mlp_view2'),
     'MLP, pair of views': ('mlp_pair',), 'MLP, gain of the pair': ('mlp_pair_gain',),
 }
 TASK_TABLE = {row.name: row for row in [
-    Task('classify', 'classes of images', ('image_size', 'train_size'),
-         {'linear, {data}': ('linear_logreg',), '5-NN, {data}': ('knn5_euclidean',), 'kNN cosine, {data}': ('knn_cosine',)}),
-    Task('transfer', 'classes of another dataset', ('image_size', 'train_size'),
-         {'linear, {data}': ('linear_logreg',), '5-NN, {data}': ('knn5_euclidean',)}),
+    Task('classify', 'classes of images', _FROZEN, {**_NEAR, 'kNN cosine, {data}': ('knn_cosine',)}),
+    Task('transfer', 'classes of another dataset', _FROZEN, _NEAR),
     Task('low_label', 'classes from few labels', (*_TUNED, 'fraction', 'draws'),
-         {'fine-tuned, {share} of labels': ('finetune_{pct}pct',), 'linear, {share} of labels': ('linear_{pct}pct',)}, group='tuned'),
-    Task('finetune', 'classes after fine-tuning', (*_TUNED, 'train_size'), {'fine-tuned, {data}': ('finetune',)}, group='tuned'),
-    Task('two_view', 'classes from a pair of views', ('image_size', 'train_size', 'policy'), _PAIR, group='two_view'),
-    Task('audit', 'decomposition of what two views tell', ('image_size', 'train_size', 'policy', 'seed', *_AUDIT), {}, group='two_view'),
-    Task('segmentation', 'a class for every pixel', _DENSE, {'{data} mIoU, frozen': ('{set}_frozen_miou',)}, 'camvid-240', 'dense'),
+         {'fine-tuned, {share} of labels': ('finetune_{pct}pct',), 'linear, {share} of labels': ('linear_{pct}pct',)},
+         group='tuned'),
+    Task('finetune', 'classes after fine-tuning', (*_TUNED, 'train_size'), {'fine-tuned, {data}': ('finetune',)},
+         group='tuned'),
+    Task('two_view', 'classes from a pair of views', (*_FROZEN, 'policy'), _PAIR, group='two_view'),
+    Task('audit', 'decomposition of what two views tell', (*_FROZEN, 'policy', 'seed', *_AUDIT), {}, group='two_view'),
+    Task('segmentation', 'a class for every pixel', _DENSE, {'{data} mIoU, frozen': ('{set}_frozen_miou',)},
+         'camvid-240', 'dense'),
     Task('segmentation_finetuned', 'a class for every pixel after fine-tuning', _DENSE,
          {'{data} mIoU, fine-tuned': ('{set}_finetuned_miou',)}, 'camvid-240', 'dense'),
     Task('detection', 'boxes', _DENSE, {'{data} AP': ('{set}_ap',), '{data} AP50': ('{set}_ap50',)}, 'bccd', 'dense'),
