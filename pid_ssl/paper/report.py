@@ -160,7 +160,8 @@ def notebook_html(path: str | Path,     # a notebook
     pictures = (r'src="(?!data:)([^"]+\.png)"', lambda m: f'src="{_inline(path.parent/m[1])}"')
     drawn = (r'formula(\d+)x', lambda m: formulas[int(m[1])])
     in_anchors = (r'formula\d+x-?(?=[^<>]*>)', '')
-    for pattern, new in (pictures, in_anchors, drawn, (r'(<h\d) id="', rf'\1 id="{path.stem}-'), (r'<a class="anchor-link".*?</a>', ''),
+    for pattern, new in (pictures, in_anchors, drawn,
+                         (r'(<h\d) id="', rf'\1 id="{path.stem}-'), (r'<a class="anchor-link".*?</a>', ''),
                          (r'href="\.\./figures/(\w+)\.md"', r'href="#figures-\1"')):
         body = re.sub(pattern, new, body)
     return body
