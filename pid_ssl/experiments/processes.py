@@ -7,7 +7,7 @@ __all__ = ['STUCK_SECONDS', 'launched', 'check_processes', 'GlobalBatchNorm', 's
            'join_processes', 'leave_when_stuck']
 
 # %% ../../nbs/experiments/71_processes.ipynb #171694b5
-import contextlib, os, signal, socket, sys, threading
+import contextlib, os, re, signal, socket, sys, threading
 from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
@@ -20,7 +20,8 @@ _ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')
 
 def launched() -> tuple: # rank, processes, rank on this machine, processes on this machine
     "What torchrun put into the environment; (0, 1, 0, 1) without it."
-    return tuple(int(os.environ[k]) for k in _ENVIRONMENT) if all(os.environ.get(k, '').isdigit() for k in _ENVIRONMENT) else (0, 1, 0, 1)
+    found = [os.environ.get(k, '') for k in _ENVIRONMENT]
+    return tuple(map(int, found)) if all(v.isdigit() for v in found) else (0, 1, 0, 1)
 
 def check_processes(config: Config, # resolved
                     device: str,    # 'cpu', 'cuda' or 'mps'
@@ -32,13 +33,16 @@ def check_processes(config: Config, # resolved
     if device == 'mps':
         raise ConfigError('device', device, f'cpu or cuda with {size} processes')
     if device == 'cuda' and here > torch.cuda.device_count():
-        raise ConfigError('device', device, f'at most {torch.cuda.device_count()} processes on this machine, one a GPU; {here} were launched')
+        most = f'at most {torch.cuda.device_count()} processes on this machine, one a GPU'
+        raise ConfigError('device', device, f'{most}; {here} were launched')
     b = config.batch_size
     if b % size or b < 2*size:
         near = max(2, b//size)
-        raise ConfigError('batch_size', b, f'a multiple of {size}, the number of processes, from {2*size}: {near*size} or {(near + 1)*size} are near')
+        raise ConfigError('batch_size', b, f'a multiple of {size}, the number of processes, from {2*size}: '
+                          f'{near*size} or {(near + 1)*size} are near')
     if config.download:
-        raise ConfigError('download', True, f'False with {size} processes, which would all write the same files: let a single process download first')
+        raise ConfigError('download', True, f'False with {size} processes, which would all write the same files: '
+                          'let a single process download first')
 
 # %% ../../nbs/experiments/71_processes.ipynb #ec058ddb
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -62,7 +66,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             k = self.momentum if self.momentum is not None else 1/self.num_batches_tracked.item()
             self.running_mean.lerp_(mean, k)
             self.running_var.lerp_(var*n/(n - 1), k)
-        mean, scale, bias = (v.view(-1, *[1]*(x.ndim - 2)) for v in (mean, torch.rsqrt(var + self.eps)*self.weight, self.bias))
+        scale = torch.rsqrt(var + self.eps)*self.weight
+        mean, scale, bias = (v.view(-1, *[1]*(x.ndim - 2)) for v in (mean, scale, self.bias))
         return ((x - mean)*scale + bias).to(kind)
 
 def share_batchnorm(module: nn.Module, # changed in place
@@ -84,8 +89,8 @@ def share_batchnorm(module: nn.Module, # changed in place
 class ProcessLost(RuntimeError):
     "Another process of this run has ended or cannot be reached; the message says where the same command goes on."
 
-class Processes:
-    "The processes of a run, as one of them sees them. Without arguments: a process by itself, for which nothing here does anything."
+class _Shared:
+    "What the processes of a run compute together."
     def __init__(self,
                  rank: int = 0, # of this process
                  size: int = 1, # processes
@@ -134,6 +139,9 @@ class Processes:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return value.item()
 
+# %% ../../nbs/experiments/71_processes.ipynb #1df11d2b
+class Processes(_Shared):
+    "The processes of a run, as one of them sees them; without arguments one by itself, for which nothing is done."
     def agree(self,
               **values: object, # what has to be equal
              ) -> None:
@@ -145,7 +153,9 @@ class Processes:
         for rank, theirs in enumerate(every):
             for k, v in theirs.items():
                 if v != every[0][k]:
-                    raise ConfigError(f'{k} of process {rank}', v, f'{every[0][k]!r}, as in process 0: same settings, data, source and folder of checkpoints')
+                    first = f'{every[0][k]!r}, as in process 0'
+                    raise ConfigError(f'{k} of process {rank}', v,
+                                      f'{first}: same settings, data, source and folder of checkpoints')
 
     @contextlib.contextmanager
     def together(self) -> Iterator: # a context that all processes enter
@@ -175,15 +185,17 @@ class Processes:
         try:
             yield
         except RuntimeError as e:
-            if self.size == 1 or not (isinstance(e, dist.DistError) or 'gloo' in str(e).lower() or 'nccl' in str(e).lower()):
+            if self.size == 1 or not (isinstance(e, dist.DistError) or re.search('gloo|nccl', str(e).lower())):
                 raise
-            raise ProcessLost(f"process {self.rank} of {self.size}: another process of this run has ended or cannot be reached ({str(e).splitlines()[0]}); {where()}") from e
+            raise ProcessLost(f'process {self.rank} of {self.size}: another process of this run has ended '
+                              f'or cannot be reached ({str(e).splitlines()[0]}); {where()}') from e
 
     def leave(self) -> None:
         "End the group; this process goes on by itself."
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
+# %% ../../nbs/experiments/71_processes.ipynb #d63ef012
 @contextlib.contextmanager
 def join_processes(device: str, # 'cpu' or 'cuda'
                   ) -> Iterator: # a context that gives `Processes`
@@ -208,7 +220,7 @@ STUCK_SECONDS = 20.  # torchrun and Slurm send SIGKILL 30 seconds after SIGTERM
 def leave_when_stuck(group: Processes, # nothing is done for a single one
                      where: Callable,  # gives what the message says about the state on disk
                     ) -> Iterator:     # a context
-    "End this process with 128 plus the signal's number when a signal has come and the context is still not left after `STUCK_SECONDS`."
+    "End this process with 128 plus a signal's number that came `STUCK_SECONDS` ago if the context is not left since."
     if group.size == 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -218,7 +230,9 @@ def leave_when_stuck(group: Processes, # nothing is done for a single one
     def watch():
         while number := reader.recv(1):
             if number[0] in (signal.SIGINT, signal.SIGTERM) and not left.wait(STUCK_SECONDS):
-                print(f'stopped by {signal.Signals(number[0]).name} while waiting for another process that did not answer: {where()}', file=sys.stderr, flush=True)
+                name = signal.Signals(number[0]).name
+                print(f'stopped by {name} while waiting for another process that did not answer: {where()}',
+                      file=sys.stderr, flush=True)
                 os._exit(128 + number[0])
     thread = threading.Thread(target=watch, daemon=True)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
