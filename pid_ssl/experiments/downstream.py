@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TUNED', 'TWO_VIEW', 'DENSE', 'TASK_NAMES', 'DOWNSTREAM', 'downstream_config', 'downstream_folder', 'load_downstream',
            'FINETUNE', 'TASKS', 'LOADERS', 'DownstreamConfig', 'resolve_downstream', 'Measured', 'load_measured',
-           'load_labelled', 'downstream_id', 'run_downstream', 'downstream_args', 'main']
+           'load_labelled', 'downstream_id', 'measured_fields', 'as_read', 'run_downstream', 'downstream_args', 'main']
 
 # %% ../../nbs/experiments/75_downstream.ipynb #b23449b2
 import dataclasses, importlib.util, sys, time, warnings
 from dataclasses import dataclass
 import torch
 from torch import nn
-from ..config import POLICIES_BY_DATASET, ConfigError, _check, _f, digest, read_args
+from ..config import POLICIES_BY_DATASET, ConfigError, check as _check, setting as _f, digest, read_args
 from ..data import POLICIES, DataError, Dataset, Policy, ViewMaker, load_dataset
 from ..data.dense import load_detection, load_segmentation
 from ..evaluate import calibrate_batchnorm, evaluate_encoder
@@ -244,13 +244,23 @@ def downstream_id(config: DownstreamConfig, # resolved
                   device: str = 'cpu',      # 'cpu', 'cuda' or 'mps'
                  ) -> str:                  # 16 hexadecimal digits
     "Hash of what changes the result."
-    fields = DOWNSTREAM.read(config)
     encoder = {k: v for k, v in about.items() if k not in ('run', 'loss', 'beta', 'estimator')} # the weights say it all
-    left_out = ['run', 'weights']
-    if config.task in TUNED and config.policy in ('auto', _named_policy(config.dataset)):
-        left_out.append('policy')  # as in records from before fine-tuning read it
-    return digest({'experiment': 'downstream', **{k: v for k, v in fields.items() if k not in left_out},
-                   'content': dataset_hash, 'encoder': encoder, 'device': device})
+    return digest({'experiment': 'downstream', **measured_fields(config), 'content': dataset_hash, 'encoder': encoder,
+                   'device': device})
+
+def measured_fields(config: DownstreamConfig, # resolved
+                   ) -> dict:                 # field name -> value
+    "What a measurement reads besides the encoder; no policy of fine-tuning where it is that of the dataset's name."
+    c, fields = as_read(config), DOWNSTREAM.read(config)
+    named = c.task in TUNED and c.policy == _named_policy(c.dataset)
+    return {k: v for k, v in fields.items() if k not in ('run', 'weights') and not (named and k == 'policy')}
+
+def as_read(config: DownstreamConfig, # of a record
+           ) -> DownstreamConfig:
+    "A record's config with the policy that was meant: the first records of fine-tuning leave it open."
+    if config.task in TUNED and config.policy == 'auto':
+        return dataclasses.replace(config, policy=_named_policy(config.dataset))
+    return config
 
 # %% ../../nbs/experiments/75_downstream.ipynb #7aa13fce
 def run_downstream(config: DownstreamConfig, # what to measure
