@@ -6,7 +6,7 @@
 __all__ = ['ACCURACIES', 'EXIT_STATUS', 'KNOBS', 'LOSS_NAMES', 'LOSS_TABLE', 'METRICS', 'PID_LOSSES', 'POLICIES_BY_DATASET',
            'PRESETS', 'TASK_TABLE', 'TEACHER_LOSSES', 'By', 'Checked', 'Config', 'ConfigError', 'Exit', 'Loss',
            'Metric', 'Task', 'accepted', 'as_arguments', 'by_hand', 'check', 'check_knob', 'digest', 'exit_meaning',
-           'exit_status', 'from_dict', 'grouped', 'guarded', 'identity', 'kind_of', 'knob', 'losses_with',
+           'exit_status', 'from_dict', 'grouped', 'guarded', 'identity', 'kind_of', 'knob', 'loss_table', 'losses_with',
            'main_metrics', 'metric_end', 'parameter_table', 'parameters_cell', 'preset_values', 'project_root',
            'read_args', 'reads', 'resolve', 'setting', 'source_hash', 'step_images', 'tasks_of', 'tasks_that_read',
            'told', 'unknown', 'unread']
@@ -25,8 +25,9 @@ from .tables import (ACCURACIES, KNOBS, LOSS_NAMES, LOSS_TABLE, METRICS, PID_LOS
 
 _all_ = ['ACCURACIES', 'EXIT_STATUS', 'KNOBS', 'LOSS_NAMES', 'LOSS_TABLE', 'METRICS', 'PID_LOSSES',
          'POLICIES_BY_DATASET', 'PRESETS', 'TASK_TABLE', 'TEACHER_LOSSES', 'By', 'Checked', 'Config', 'ConfigError',
-         'Exit', 'Loss', 'Metric', 'Task', 'accepted', 'as_arguments', 'by_hand', 'check',
-         'check_knob', 'digest', 'exit_meaning', 'exit_status',
-         'from_dict', 'grouped', 'guarded', 'identity', 'kind_of', 'knob', 'losses_with', 'main_metrics', 'metric_end',
-         'parameter_table', 'parameters_cell', 'preset_values', 'project_root', 'read_args', 'reads', 'resolve',
-         'setting', 'source_hash', 'step_images', 'tasks_of', 'tasks_that_read', 'told', 'unknown', 'unread']
+         'Exit', 'Loss', 'Metric', 'Task', 'accepted', 'as_arguments', 'by_hand', 'check', 'check_knob', 'digest',
+         'exit_meaning', 'exit_status',
+         'from_dict', 'grouped', 'guarded', 'identity', 'kind_of', 'knob', 'loss_table', 'losses_with',
+         'main_metrics', 'metric_end', 'parameter_table', 'parameters_cell', 'preset_values', 'project_root',
+         'read_args', 'reads', 'resolve', 'setting', 'source_hash', 'step_images', 'tasks_of', 'tasks_that_read',
+         'told', 'unknown', 'unread']
