@@ -31,8 +31,8 @@ def usage() -> str: # several lines
     meanings = {row.status: row.meaning for row in sorted(EXIT_STATUS.values())}
     verbs = [f'  {name:12}{verb.about}' for name, verb in VERBS.items()]
     statuses = [f'  {status:<12}{meaning}' for status, meaning in {0: 'done', **meanings}.items()]
-    return '\n'.join(['usage: pid_ssl VERB [OPTIONS]', '', *verbs, '', 'pid_ssl VERB --help lists the options of a verb.',
-                      '', 'exit status:', *statuses])
+    return '\n'.join(['usage: pid_ssl VERB [OPTIONS]', '', *verbs, '',
+                      'pid_ssl VERB --help lists the options of a verb.', '', 'exit status:', *statuses])
 
 # %% ../nbs/paper/92_command.ipynb #1e1784d1
 def command(argv: list | None = None, # a verb and its options; default the process's arguments

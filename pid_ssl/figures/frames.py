@@ -35,8 +35,9 @@ def frame(records: list, # of `RunRecord`
 def default_identity(config: dict, # of a record
                      **settings,   # fields that are not left to the preset
                     ) -> dict:
-    "What the preset gives for the loss, dataset, seed and split of a run, as `identity` has it."
+    "What the preset gives for the loss, its form, dataset, seed and split of a run, as `identity` has it."
     keep = {k: config[k] for k in ('loss', 'dataset', 'seed', 'eval_on', 'preset')}
+    keep['form'] = value_of(from_dict(config), 'form')
     return identity(resolve(Config(**{**keep, **settings})))
 
 def value_of(config: Config, # of a record
@@ -113,7 +114,8 @@ def _knob(name, configs):
     texts = [_text(v) for v in values]
     if len(values) == 1:
         return f'{name} = {texts[0]}' + (', no charge on redundancy' if name == 'w_r' and values[0] == 0 else '')
-    default = value_of(resolve(Config(loss=c.loss, dataset=c.dataset, preset=c.preset)), name)
+    plain = resolve(Config(loss=c.loss, form=value_of(c, 'form'), dataset=c.dataset, preset=c.preset))
+    default = value_of(plain, name)
     found = f'{texts[0]} to {texts[-1]}' if isinstance(values[0], float) else ' or '.join(texts)
     return f'{name} = {found} (default {_text(default)})'
 

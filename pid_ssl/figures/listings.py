@@ -108,12 +108,12 @@ def _index(rows, by, **counted):
 # %% ../../nbs/figures/81_listings.ipynb #97d8d5fd
 def pages(root: Path, # of the project
          ) -> dict:   # path -> the text that belongs there
-    "The two generated pages, and README and the notebooks at the top of `nbs` with their markers filled."
+    "The two generated pages, and README and notebooks with their markers filled."
     figures, readme = root/'figures', root/'README.md'
     out = {figures/'README.md': figures_page(read_manifest(figures)), root/'data'/'README.md': records_page(root/'data')}
     if readme.is_file():
         out[readme] = fill_markers(readme.read_text(), figures)
-    return out | {p: fill_notebook(p, figures) for p in sorted((root/'nbs').glob('*.ipynb'))}
+    return out | {p: fill_notebook(p, figures) for p in sorted((root/'nbs').rglob('*.ipynb'))}
 
 def _stale(root):
     return {p: text for p, text in pages(root).items() if not p.is_file() or p.read_text() != text}

@@ -8,7 +8,7 @@ __all__ = ['committed_rows', 'fill_markers', 'fill_notebook']
 # %% ../../nbs/figures/81_markers.ipynb #a52ca08c
 import csv, json, re
 from pathlib import Path
-from ..config import parameter_table, project_root
+from ..config import loss_table, parameter_table, project_root
 from .gallery import read_manifest
 
 # %% ../../nbs/figures/81_markers.ipynb #7a868842
@@ -34,26 +34,29 @@ def _value(folder, name, row, column, number=None):
     return cell if number is None else re.findall(r'[+-]?\d[\d,]*\.?\d*', cell)[int(number) - 1]
 
 def _caption(folder, name):
-    return '\n' + read_manifest(folder)[name]['caption'] + '\n'
+    return read_manifest(folder)[name]['caption']
 
 def _table(folder, name, columns=None):
     "A table with its caption, or some of its columns."
-    if name == 'parameters':
-        return f'\n{parameter_table()}\n'
+    if name in ('parameters', 'losses'):
+        return {'parameters': parameter_table, 'losses': loss_table}[name]()
     if columns is None:
-        return '\n' + (folder/f'{name}.md').read_text().rstrip() + '\n'
+        return (folder/f'{name}.md').read_text().rstrip()
     rows, names = committed_rows(name, folder), columns.split('; ')
     lines = [names, ['---']*len(names), *([r[c] for c in names] for r in rows)]
-    return ''.join('\n| ' + ' | '.join(line) + ' |' for line in lines) + '\n' + _caption(folder, name)
+    return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines) + '\n' + _caption(folder, name)
 
 def fill_markers(text: str,                       # Markdown with markers
                  folder: str | Path | None = None,# default the project's figures/
                 ) -> str:                         # the same, filled from the figures
     "Fill what stands between markers; raises `FileNotFoundError`, `KeyError` or `ValueError` for what is not there."
     folder = Path(folder or project_root()/'figures')
-    fillers = {'table': _table, 'value': _value, 'caption': _caption}
-    filled = lambda m: m[1] + fillers[m[2]](folder, *m[3].split(' | ')) + '<!-- end -->'
-    return re.sub(r'(<!-- (table|value|caption) ([a-z0-9_]+(?: \| [^\n]+?)?) -->).*?<!-- end -->', filled, text, flags=re.S)
+    def filled(m):
+        kind, parts = m[2], m[3].split(' | ')
+        made = {'table': _table, 'value': _value, 'caption': _caption}[kind](folder, *parts)
+        return m[1] + (made if kind == 'value' else f'\n{made}\n') + '<!-- end -->'
+    marker = r'(<!-- (table|value|caption) ([a-z0-9_]+(?: \| [^\n]+?)?) -->).*?<!-- end -->'
+    return re.sub(marker, filled, text, flags=re.S)
 
 def fill_notebook(path: str | Path,                # of a notebook
                   folder: str | Path | None = None,# default the project's figures/

@@ -8,7 +8,7 @@ __all__ = ['FULL_EPOCHS', 'settings_of', 'sweeps', 'recipe_table', 'recipe_capti
 # %% ../../nbs/figures/86_recipes.ipynb #98d47003
 import math
 import numpy as np
-from ..config import LOSS_TABLE, from_dict, identity
+from ..config import LOSS_TABLE, PID_LOSSES, from_dict, identity
 from ..data import VAL_SHARE
 from . import default_identity, plotting, value_of
 from ..records import RunRecord
@@ -21,6 +21,8 @@ def settings_of(record: RunRecord, # of a run
     mine, plain = identity(c), default_identity(record.config)
     names = [k for k in (*mine, *plain) if mine.get(k) != plain.get(k)]
     out = dict(loss=c.loss, dataset=c.dataset, preset=c.preset, eval_on=c.eval_on, seed=c.seed)
+    if c.loss in PID_LOSSES:
+        out['form'] = value_of(c, 'form')
     # the betas of a curve include the preset's
     if c.loss == 'pid':
         out['beta'] = c.beta
