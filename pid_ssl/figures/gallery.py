@@ -72,7 +72,7 @@ def style_of(*functions: Callable, # that draw or describe
     rooms = Path(__file__).parent if '__file__' in globals() else project_root()/'pid_ssl'/'figures'
     sources = {p.relative_to(rooms).as_posix(): p.read_text() for p in sorted(rooms.rglob('*.py'))}
     names = {k: [row.title, row.colour] for k, row in LOSS_TABLE.items()}
-    return digest([[inspect.getsource(f) for f in functions], sources, names])
+    return digest([[inspect.getsource(f).strip() for f in functions], sources, names])
 
 def input_hash(records: list,   # of `RunRecord`
                files: tuple,    # of `DataFile`
