@@ -33,7 +33,7 @@ class Settings:
         "Whether this experiment reads the field."
         if self.config is Config:
             return reads(config, name)
-        readers = self.config.__dataclass_fields__[name].metadata['losses']
+        readers = self.config.__dataclass_fields__[name].metadata['readers']
         return readers is None or getattr(config, self.by) in readers
 
     def read(self,
