@@ -77,9 +77,8 @@ def reads(config: Config, # any config
           name: str,      # a field's name
          ) -> bool:       # does the chosen loss read it?
     "Whether the loss of `config` reads the field `name`."
-    m, row = Config.__dataclass_fields__[name].metadata, LOSS_TABLE[config.loss]
-    has = m['readers'] is None or name in row.names(config.form or KNOBS['form'].metadata['absent'])
-    return has and all(getattr(config, k) == v for k, v in m['needs'].items())
+    form = config.form or KNOBS['form'].metadata['absent']
+    return name not in KNOBS or name in LOSS_TABLE[config.loss].names(form)
 
 def step_images(config: Config, # resolved
                ) -> int:        # images of which a step takes all views

@@ -63,7 +63,8 @@ _KNOBS = [
     knob('relation_error', str, 'how telling is counted: in nats, or in squared errors as AugSelf has them', 'nats',
          choices=('nats', 'squared')),
     knob('shuffled', bool, 'a control: every pair is given the relation of another', False),
-    knob('conditioned', bool, "a control: the projector is given the view's parameters (CASSLE)", False, argument=False),
+    knob('conditioned', bool, "a control: the projector is given the view's parameters (CASSLE)", False,
+         argument=False),
     knob('synergy_end', float, 'share of the steps after which the relation is ramped down over anneal; 1: never', 1.,
          lo=0., hi=1., argument=False),
     knob('beta', float, 'weight of redundancy minus synergy in L_beta', presets=-0.5, lo=-10., hi=10.),
@@ -124,20 +125,30 @@ class Loss:
               form: str | None = None, # None: in any form
              ) -> tuple:
         "The names of its knobs."
-        knobs = [k for name, some in self.forms.items() if form in (None, name) for k in some]
-        return tuple(getattr(k, 'name', k) for k in (*self.knobs, *knobs))
+        return tuple(getattr(k, 'name', k) for k in self.listed(form))
+
+    def listed(self,
+               form: str | None = None, # None: in any form
+              ) -> tuple:               # names, and knobs of its own
+        "Its knobs as the row has them."
+        return (*self.knobs, *(k for name, some in self.forms.items() if form in (None, name) for k in some))
+
+    def taken(self) -> list: # of names
+        "The knobs that are arguments of its class."
+        return [k for k in self.names('target') if KNOBS[k].metadata['argument']]
 
     def arguments(self,
                   config: object, # resolved
                  ) -> dict:       # argument of the class -> value
         "What the class is called with."
-        fields = {k: k for k in self.names('target') if KNOBS[k].metadata['argument']} | self.sizes
+        fields = {k: k for k in self.taken()} | self.sizes
         return {argument: getattr(config, name) for argument, name in fields.items()}
 
     def defaults(self) -> dict: # argument of the class -> its default
         "What the class does when it is called with nothing."
-        return {k: self.presets.get(k, by_hand(KNOBS[k])) for k in self.names('target') if KNOBS[k].metadata['argument']}
+        return {k: self.presets.get(k, by_hand(KNOBS[k])) for k in self.taken()}
 
+# %% ../../nbs/config/04_tables.ipynb #5f0c1a2e
 # whitening needs sub-batches of at least twice the dimension (Ermolov et al. 2021 use d = 64 on CIFAR)
 _WHITENED = By(32, 64, 64)
 _PHASES = ('form', 'redundancy_phase', 'anneal')
@@ -164,7 +175,7 @@ LOSS_TABLE = {row.name: row for row in [
 ]}
 
 # %% ../../nbs/config/04_tables.ipynb #b999a47a
-_own = [k for row in LOSS_TABLE.values() for some in (row.knobs, *row.forms.values()) for k in some if isinstance(k, Field)]
+_own = [k for row in LOSS_TABLE.values() for k in row.listed() if isinstance(k, Field)]
 KNOBS = {k.name: k for k in [*_KNOBS, *_own]}
 LOSS_NAMES = tuple(LOSS_TABLE)
 PID_LOSSES = tuple(k for k, row in LOSS_TABLE.items() if row.baseline)

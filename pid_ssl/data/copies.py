@@ -78,7 +78,8 @@ class OtherBytes(RuntimeError):
 def command(argv: list | None = None, # default the process's arguments
            ) -> None:
     "`pid_ssl copies`; raises what `build_copy` raises, and `OtherBytes` where a file is not the one of the records."
-    parser = argparse.ArgumentParser('pid_ssl copies', description='Make a dataset folder from the checkout of its source.')
+    about = 'Make a dataset folder from the checkout of its source.'
+    parser = argparse.ArgumentParser('pid_ssl copies', description=about)
     parser.add_argument('name', help=', '.join(COPIES))
     parser.add_argument('checkout', help='folder of the repository at its commit')
     parser.add_argument('folder', nargs='?', help='for the Parquet files; default data/datasets/NAME')
