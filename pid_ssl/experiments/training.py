@@ -172,9 +172,11 @@ class Pretraining:
         "The loss of one batch, told what was drawn for its views."
         c, policy = self.config, self.views.policy
         made, omegas = zip(*[self.views(images, told=True) for _ in range(c.views)])
-        stack = lambda rows: {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
-        rho = stack([told(a, b, policy, c.tells) for a, b in zip(omegas, (*omegas[1:], omegas[0]))])
-        each = stack([own(omega, policy) for omega in omegas])
+        omega = {k: torch.stack([o[k] for o in omegas]) for k in omegas[0]}
+        after = {k: v.roll(-1, 0).flatten(0, 1) for k, v in omega.items()}
+        omega = {k: v.flatten(0, 1) for k, v in omega.items()}
+        rho = told(omega, after, policy, c.tells)
+        each = own(omega, policy) if c.w_u or self.own else {}
         v = torch.cat(made).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.amp):
             maps = feature_maps(self.embed[0], v) if c.head == 'maps' else None
@@ -182,13 +184,14 @@ class Pretraining:
             z = self.embed[1](h, self.standardised(each)) if self.own else self.embed[1](h)
         self.batches.append(_statistics(z.detach().float()))
         peers = lambda x: x.unflatten(0, (c.views, -1))
+        rho, each = ({k: peers(v) for k, v in some.items()} for some in (rho, each))
         return self.loss(peers(z), peers(h if maps is None else maps), rho, each)
 
     def standardised(self,
-                     each: dict,       # name -> (V, n): own parameters of each view
+                     each: dict,       # name -> (V n,): own parameters of each view
                     ) -> torch.Tensor: # (V n, k)
         "What a conditioned projector is told."
-        return torch.stack([(each[k].flatten() - column.mean)/column.std for k, column in self.own.items()], 1)
+        return torch.stack([(each[k] - column.mean)/column.std for k, column in self.own.items()], 1)
 
     def epoch(self,
               stopped: Callable = lambda: False, # asked after every step but the last

@@ -42,7 +42,7 @@ class Teller(nn.Module):
 
     def forward(self,
                 *h: torch.Tensor,  # (n, f) or (n, c, h, w) of each view
-               ) -> torch.Tensor:  # (n, k): standardised means, and logits of bits
+               ) -> torch.Tensor:  # (n, k): standardised means; of bits the logit beyond their share
         "What the head says of each column."
         h = [self.flat(x) for x in h]
         hidden = [self.first(torch.cat(h, 1))]
@@ -58,7 +58,8 @@ class Teller(nn.Module):
         answer = self(*h)
         target = torch.stack([rho[k] for k in self.columns], 1).to(answer.dtype)
         squared = (answer - (target - self.mean)/self.std).square()
-        crossed = F.binary_cross_entropy_with_logits(answer, target.clamp(0, 1), reduction='none')
+        logit = answer + torch.logit(self.mean.clamp(EPS, 1 - EPS))  # a head that says nothing knows how often it is 1
+        crossed = F.binary_cross_entropy_with_logits(logit, target.clamp(0, 1), reduction='none')
         return torch.where(self.bits, crossed, squared).mean(0)
 
     def nats(self,
