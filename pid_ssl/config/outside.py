@@ -93,8 +93,8 @@ def parameter_table() -> str: # Markdown
 # %% ../../nbs/config/06_outside.ipynb #c8a00001
 def loss_table() -> str: # Markdown
     "The losses that there are, as a Markdown table."
-    rows = ['| `--loss` | loss | re-calibrates | needs a teacher | its own settings |', '|---|---|---|---|---|']
+    rows = ['| `--loss` | loss | re-calibrates | needs a teacher |', '|---|---|---|---|']
     for name, row in LOSS_TABLE.items():
         baseline, teacher = LOSS_TABLE[row.baseline].title if row.baseline else '', 'yes' if row.teacher else ''
-        rows.append(f"| `{name}` | {row.title} | {baseline} | {teacher} | `{'`, `'.join(row.names())}` |")
+        rows.append(f'| `{name}` | {row.title} | {baseline} | {teacher} |')
     return '\n'.join(rows)

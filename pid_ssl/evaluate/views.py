@@ -12,7 +12,7 @@ from ..data import Dataset, ViewMaker
 from .features import extract_features, read_features, view_features
 from .probes import check_labels, linear_probe, mlp_probe
 from ..losses import standardise
-from ..pid import PID, pid_samples, quantise, scalar_information
+from ..pid import pid_samples, quantise, scalar_information
 from ..pid.quantised import count_pid
 from ..pid.samples import NAMES, confidence_interval, named
 
@@ -71,8 +71,7 @@ def label_pid(h1: torch.Tensor,        # (n, f) features of view 1
         raise ValueError(f'labels: got {n}; accepted: at least 8 images')
     c1, c2 = quantise(h1, codes, seed), quantise(h2, codes, seed)
     def read(i, y):
-        atoms, whole = count_pid(c1[i], c2[i], y[..., i], 'broja', 2)
-        return [named(PID(*a.unbind(-1), whole.gap)) for a in (atoms, whole.atoms)]
+        return [named(pid) for pid in count_pid(c1[i], c2[i], y[..., i], 'broja', 2)]
     everything, order = torch.arange(n), torch.randperm(n, generator=g)
     null = read(order, labels[torch.stack([torch.randperm(n, generator=g) for _ in range(permutations)])])[0]
     def measure(i):  # a resample comes in random order, the images as they are do not

@@ -8,9 +8,9 @@ __all__ = ['FULL_EPOCHS', 'settings_of', 'sweeps', 'recipe_table', 'recipe_capti
 # %% ../../nbs/figures/86_recipes.ipynb #98d47003
 import math
 import numpy as np
-from ..config import from_dict, identity
+from ..config import LOSS_TABLE, PID_LOSSES, from_dict, identity
 from ..data import VAL_SHARE
-from . import NAMES, default_identity, plotting, value_of
+from . import default_identity, plotting, value_of
 from ..records import RunRecord
 
 # %% ../../nbs/figures/86_recipes.ipynb #91cd2e2c
@@ -21,6 +21,8 @@ def settings_of(record: RunRecord, # of a run
     mine, plain = identity(c), default_identity(record.config)
     names = [k for k in (*mine, *plain) if mine.get(k) != plain.get(k)]
     out = dict(loss=c.loss, dataset=c.dataset, preset=c.preset, eval_on=c.eval_on, seed=c.seed)
+    if c.loss in PID_LOSSES:
+        out['form'] = value_of(c, 'form')
     # the betas of a curve include the preset's
     if c.loss == 'pid':
         out['beta'] = c.beta
@@ -40,7 +42,7 @@ def sweeps(records: list, # of `RunRecord`
             lists = {k: sorted({g[k] for g, _ in part}) for k in part[0][0]}
             out.append(({k: v if len(v) > 1 else v[0] for k, v in lists.items()}, [r for _, r in part]))
     merged = {}  # losses with the same settings and seeds are one sweep
-    for sweep, runs in sorted(out, key=lambda x: list(NAMES).index(x[0]['loss'])):
+    for sweep, runs in sorted(out, key=lambda x: list(LOSS_TABLE).index(x[0]['loss'])):
         rest = {k: v for k, v in sweep.items() if k != 'loss' and not (k == 'beta' and len(out) and not isinstance(v, list) and v == default_identity(runs[0].config).get('beta'))}
         merged.setdefault(repr(rest), []).append((sweep['loss'], rest, runs))
     return [({'loss': [g[0] for g in v] if len(v) > 1 else v[0][0], **v[0][1]}, [r for g in v for r in g[2]]) for v in merged.values()]

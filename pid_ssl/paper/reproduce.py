@@ -123,11 +123,11 @@ def reproduce(plan: Plan,                  # from `behind`
     for r in plan.downstream:
         c = _measurement(r, made[r.config['run']].run_id)
         if not _again(c, home):
-            commands[f"{c.task}-{r.run_id}"] = ['pid_ssl.experiments.downstream', *_args(_told(c) | threads(r) | {'device': r.provenance['device']} | local)]
+            commands[f"{c.task}-{r.run_id}"] = ['measure', *_args(_told(c) | threads(r) | {'device': r.provenance['device']} | local)]
     for r in plan.controlled:
         c = controlled_config({k: v for k, v in r.config.items() if k not in _HERE})
         if not _controlled_again(c, home):
-            commands[f"{c.arm}-{r.run_id}"] = ['pid_ssl.experiments.controlled', *_args(_told(c) | threads(r) | {'home': str(home)})]
+            commands[f"{c.arm}-{r.run_id}"] = ['controlled', *_args(_told(c) | threads(r) | {'home': str(home)})]
     if commands:
         print(f'{len(plan.downstream) + len(plan.controlled)} measurements, {len(commands)} to make, {workers} at a time', flush=True)
         run_commands(commands, home/'data'/'sweeps'/'reproduce', workers)

@@ -17,6 +17,6 @@ from .information import (coordinate_correlations, gaussian_information, gaussia
 from .quantised import pid_codes, quantise
 from .samples import pid_samples
 
-_all_ = ["PID", "pid_discrete", "pid_gaussian", "pid_samples", "discrete_information", "gaussian_information", "gaussian_mi",
-         "gaussian_mi_bias", "scalar_information", "scalar_atoms", "coordinate_correlations", "sample_covariance",
-         "InfoNCECritics", "fit_infonce", "pid_codes", "quantise"]
+_all_ = ["PID", "pid_discrete", "pid_gaussian", "pid_samples", "discrete_information", "gaussian_information",
+         "gaussian_mi", "gaussian_mi_bias", "scalar_information", "scalar_atoms", "coordinate_correlations",
+         "sample_covariance", "InfoNCECritics", "fit_infonce", "pid_codes", "quantise"]

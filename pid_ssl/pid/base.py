@@ -84,8 +84,7 @@ def check_pmf(
     pmf: Tensor,  # `(..., n1, n2, nt)`, each table sums to 1
 ) -> Tensor:
     "The table in float64, or a `ValueError`"
-    if not isinstance(pmf, Tensor):
-        pmf = torch.as_tensor(pmf)
+    pmf = torch.as_tensor(pmf)
     if pmf.ndim < 3 or 0 in pmf.shape[-3:]:
         raise ValueError(f"pmf of shape {tuple(pmf.shape)}: need (..., n1, n2, nt) with at least one value each")
     if pmf.is_complex():
@@ -99,10 +98,11 @@ def check_pmf(
     total = pmf.sum((-1, -2, -3))
     if ((total - 1).abs() > tolerance).any():
         wrong = total.flatten()[(total - 1).abs().argmax()].item()
-        raise ValueError(f"pmf is not normalised: a table sums to {wrong:.9g}; divide by pmf.sum((-1, -2, -3), keepdim=True)")
+        raise ValueError(f"pmf is not normalised: a table sums to {wrong:.9g}; "
+                         "divide by pmf.sum((-1, -2, -3), keepdim=True)")
     return pmf / total[..., None, None, None]
 
-
+# %% ../../nbs/pid/11_base.ipynb #fd405ef7
 def check_dims(
     dims: tuple[int, ...],  # block sizes
     d: int,  # size of the covariance they divide
@@ -121,8 +121,7 @@ def check_cov(
     cov: Tensor,  # `(..., d, d)`
 ) -> Tensor:
     "The covariance in float64, made exactly symmetric, or a `ValueError`; definiteness is checked by `cholesky`"
-    if not isinstance(cov, Tensor):
-        cov = torch.as_tensor(cov)
+    cov = torch.as_tensor(cov)
     if cov.ndim < 2 or cov.shape[-1] != cov.shape[-2] or cov.shape[-1] == 0:
         raise ValueError(f"cov of shape {tuple(cov.shape)}: need square matrices (..., d, d)")
     if cov.is_complex() or cov.dtype == torch.bool:
@@ -137,20 +136,22 @@ def check_cov(
         raise ValueError(f"cov is not symmetric: |cov - cov.T| reaches {skew.max().item():.3g} of the largest variance")
     return (cov + cov.mT) / 2
 
-
+# %% ../../nbs/pid/11_base.ipynb #a75c488d
 def cholesky(
     cov: Tensor,  # `(..., d, d)` symmetric, float64
     block: str,  # what it is the covariance of, for the message
 ) -> Tensor:
     "Lower Cholesky factor; a matrix that is not safely positive definite is a `ValueError` that names the block"
-    sd = torch.diagonal(cov, dim1=-2, dim2=-1)
-    if (sd <= 0).any():
-        raise ValueError(f"the covariance of {block} has a variance of {sd.min().item():.3g}: drop constant coordinates")
-    sd = sd.sqrt()
-    factor, failed = torch.linalg.cholesky_ex(cov / (sd.unsqueeze(-1) * sd.unsqueeze(-2)))
+    variance = torch.diagonal(cov, dim1=-2, dim2=-1)
+    if (variance <= 0).any():
+        low = variance.min().item()
+        raise ValueError(f"the covariance of {block} has a variance of {low:.3g}: drop constant coordinates")
+    sd = variance.sqrt()
+    correlation = cov / (sd.unsqueeze(-1) * sd.unsqueeze(-2))
+    factor, failed = torch.linalg.cholesky_ex(correlation)
     pivots = torch.diagonal(factor, dim1=-2, dim2=-1)
     if (failed > 0).any() or (pivots**2 < 1e-13 * cov.shape[-1]).any():
-        low = torch.linalg.eigvalsh(cov / (sd.unsqueeze(-1) * sd.unsqueeze(-2))).min().item()
+        low = torch.linalg.eigvalsh(correlation).min().item()
         kind = "indefinite" if low < -1e-9 * cov.shape[-1] else "singular"
         raise ValueError(
             f"the covariance of {block} is {kind} (smallest eigenvalue of its correlation {low:.3g}): drop linearly "
@@ -158,7 +159,7 @@ def cholesky(
         )
     return sd.unsqueeze(-1) * factor
 
-
+# %% ../../nbs/pid/11_base.ipynb #cfdd934c
 def check_samples(
     names: tuple[str, ...],  # of the arguments, for the messages
     *samples: Tensor,  # each `(n, d)`; `(n,)` counts as one coordinate
@@ -166,7 +167,7 @@ def check_samples(
     "The samples in float64 as `(n, d)`, or a `ValueError`"
     out = []
     for name, x in zip(names, samples):
-        x = x if isinstance(x, Tensor) else torch.as_tensor(x)
+        x = torch.as_tensor(x)
         x = x.unsqueeze(-1) if x.ndim == 1 else x
         if x.ndim != 2 or 0 in x.shape:
             raise ValueError(f"{name} of shape {tuple(x.shape)}: need (n, d) samples")

@@ -6,6 +6,7 @@
 __all__ = ['infonce', 'InfoNCECritics', 'InfoNCEFit', 'fit_infonce']
 
 # %% ../../nbs/pid/16_critics.ipynb #6616c53c
+import copy
 import math
 import warnings
 from typing import NamedTuple
@@ -71,12 +72,26 @@ class InfoNCEFit(NamedTuple):
         "Ceiling ln K, whether an information is above 90 percent of it (with a warning), held-out samples and steps"
         saturated = bool((self.contributions.mean(0) > 0.9 * math.log(self.batch)).any())
         if saturated:
-            warnings.warn(f"infonce is near its ceiling of ln {self.batch}: informations are too low and synergy may read 0; "
-                          "raise eval_batch, or use another estimator", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"infonce is near its ceiling of ln {self.batch}: informations are too low and "
+                          "synergy may read 0; raise eval_batch, or use another estimator",
+                          RuntimeWarning, stacklevel=3)
         return {"ceiling": math.log(self.batch) / math.log(base), "saturated": saturated,
                 "held_out": len(self.contributions), "steps": self.steps}
 
+# %% ../../nbs/pid/16_critics.ipynb #66a2c320
+def _standardised(x, rows):
+    "All of x by the mean and standard deviation of some rows; a constant coordinate stays 0"
+    sd = x[rows].std(0)
+    return (x - x[rows].mean(0)) / torch.where(sd > 0, sd, 1)
 
+
+@torch.no_grad()
+def _evaluate(critics, data, rows, size):
+    "Contributions of `rows` scored in equal batches of about `size`, and the batch size (the smallest of them)"
+    parts = rows.to(data[0].device).tensor_split(max(1, len(rows) // size))
+    return torch.cat([critics(*(x[i] for x in data)) for i in parts]), min(len(i) for i in parts)
+
+# %% ../../nbs/pid/16_critics.ipynb #6b468dff
 def fit_infonce(
     z1: Tensor,  # `(n, d1)`
     z2: Tensor,  # `(n, d2)`
@@ -101,15 +116,12 @@ def fit_infonce(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator)
     fit, stop, held = order[: n * 2 // 5], order[n * 2 // 5 : n // 2], order[n // 2 :]
-    data = []
-    for x in (z1, z2, t):
-        sd = x[fit].std(0)
-        data.append((x - x[fit].mean(0)) / torch.where(sd > 0, sd, 1))
-    device = z1.device
+    data, device = [_standardised(x, fit) for x in (z1, z2, t)], z1.device
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         critics = InfoNCECritics(*(x.shape[1] for x in data), width=width, d_score=d_score).to(device)
         optimiser = torch.optim.AdamW(critics.parameters(), lr, weight_decay=weight_decay)
+        heads = critics.source, critics.target
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         # each head stops at its own best step: three estimates that share nothing else
         best = [(-math.inf, 0, None)] * 3
@@ -122,19 +134,11 @@ def fit_infonce(
             schedule.step()
             if step % every == 0 or step == steps:
                 values = _evaluate(critics, data, stop, eval_batch)[0].mean(0)
-                for k in range(3):
-                    if values[k] > best[k][0]:
-                        state = [{n: v.clone() for n, v in part[k].state_dict().items()} for part in (critics.source, critics.target)]
-                        best[k] = (values[k].item(), step, state)
-    for k, (_, _, state) in enumerate(best):
-        critics.source[k].load_state_dict(state[0])
-        critics.target[k].load_state_dict(state[1])
+                for k, value in enumerate(values.tolist()):
+                    if value > best[k][0]:
+                        best[k] = value, step, copy.deepcopy([parts[k].state_dict() for parts in heads])
+    for k, (_, _, states) in enumerate(best):
+        for parts, state in zip(heads, states):
+            parts[k].load_state_dict(state)
     contributions, size = _evaluate(critics, data, held, eval_batch)
     return InfoNCEFit(contributions, size, critics.eval(), max(b[1] for b in best))
-
-
-@torch.no_grad()
-def _evaluate(critics, data, rows, size):
-    "Contributions of `rows` scored in equal batches of about `size`, and the batch size (the smallest of them)"
-    parts = rows.to(data[0].device).tensor_split(max(1, len(rows) // size))
-    return torch.cat([critics(*(x[i] for x in data)) for i in parts]), min(len(i) for i in parts)

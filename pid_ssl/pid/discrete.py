@@ -44,7 +44,8 @@ def _union_broja(p, tol):
         parts = [solve_broja(u, v, tol) for u, v in zip(p1.detach().split(cells), p2.detach().split(cells))]
         value, gap, a, b = (torch.cat([getattr(s, name) for s in parts]) for name in ("value", "gap", "a", "b"))
     if (gap > 1e-6).any():
-        warnings.warn(f"BROJA: {(gap > 1e-6).sum()} of {len(gap)} tables have a gap up to {gap.max():.1e} nats", RuntimeWarning)
+        unsolved = f"{(gap > 1e-6).sum()} of {len(gap)} tables have a gap up to {gap.max():.1e} nats"
+        warnings.warn(f"BROJA: {unsolved}", RuntimeWarning)
     value = value + (a * (p1 - p1.detach())).sum((-1, -2)) + (b * (p2 - p2.detach())).sum((-1, -2))  # envelope theorem
     return (value - _plogp(flat.sum((1, 2)), -1)).view(batch), gap.view(batch)
 

@@ -51,7 +51,7 @@ def pid_gaussian(
     base: float = math.e,  # e for nats, 2 for bits
 ) -> PID:
     """Decomposition of jointly Gaussian blocks, batched and differentiable, float64.
-    `mmi`: redundancy = min(I1, I2) (Barrett 2015). `broja`: see above; Venkatesh et al. (NeurIPS 2023) by closed form."""
+    `mmi`: redundancy = min(I1, I2) (Barrett 2015). `broja`: that of Venkatesh et al. (NeurIPS 2023), in closed form."""
     check_choice("measure", measure, MEASURES)
     cov = check_cov(cov)
     dims = check_dims(dims, cov.shape[-1])
@@ -81,7 +81,7 @@ def whitened_channels(
 def union_objective(
     h1: Tensor,  # `(..., d1, dt)` whitened channel of Z1
     h2: Tensor,  # `(..., d2, dt)` whitened channel of Z2
-    k: Tensor,  # `(..., d1, d2)` cross-covariance of the two noises, spectral norm below 1; may have more batch dimensions
+    k: Tensor,  # `(..., d1, d2)` cross-covariance of the two noises, spectral norm below 1; may have a larger batch
 ) -> Tensor:
     "I(Z1,Z2;T) in nats when the noises are coupled by `k`, `(...)`: never below the union information"
     eye = lambda h: torch.eye(h.shape[-2], dtype=h.dtype, device=h.device).expand(*k.shape[:-2], -1, -1)

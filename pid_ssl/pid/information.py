@@ -81,7 +81,7 @@ def scalar_information(
     a2: Tensor,  # corr(z2, t), same shape
     c: Tensor,  # corr(z1, z2), same shape
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "I(Z1;T), I(Z2;T), I(Z1,Z2;T) in nats of standardised scalars, elementwise; shrink correlations near 1 beforehand"
+    "I(Z1;T), I(Z2;T), I(Z1,Z2;T) in nats of standardised scalars; shrink those near 1"
     dtype = torch.promote_types(torch.promote_types(a1.dtype, a2.dtype), c.dtype)
     a1, a2, c = a1.double(), a2.double(), c.double()
     rest1, rest2, rest = (1 - a1) * (1 + a1), (1 - a2) * (1 + a2), (1 - c) * (1 + c)
@@ -94,7 +94,7 @@ def scalar_atoms(
     a: Tensor,  # corr(z1, t) = corr(z2, t)
     c: Tensor,  # corr(z1, z2), at least 2 a^2 - 1
 ) -> tuple[Tensor, Tensor]:
-    "Redundancy and synergy in nats of exchangeable standardised scalars (unique information is 0), elementwise, float64"
+    "Redundancy and synergy in nats of exchangeable standardised scalars (no unique information), elementwise, float64"
     a, c = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(c, dtype=torch.float64)
     rest = (1 - a) * (1 + a)
     return -rest.log() / 2, (rest * (1 + c) / (1 + c - 2 * a * a)).log() / 2

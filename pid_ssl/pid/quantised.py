@@ -70,15 +70,17 @@ def count_pid(
     measure: str = "broja",  # broja, wb or mmi
     base: float = math.e,  # e for nats, 2 for bits
     extrapolate: bool = True,  # remove the bias of order 1/n
-) -> tuple:  # the atoms `(..., 4)`, and the `PID` of all samples as they are counted
-    "Twice the atoms of all samples less the mean of their halves' atoms, or the atoms of all samples"
+) -> tuple[PID, PID]:
+    "Twice the atoms of all samples less the mean of their halves' atoms, or those of all; and those of all, as counted"
     read = lambda part: pid_discrete(count_table(c1[part], c2[part], ct[..., part]), measure, base)
     whole, half = read(slice(None)), len(c1) // 2
     if not extrapolate:
-        return whole.atoms, whole
-    return 2 * whole.atoms - (read(slice(half)).atoms + read(slice(half, None)).atoms) / 2, whole
+        return whole, whole
+    halves = read(slice(half)), read(slice(half, None))
+    atoms = 2 * whole.atoms - (halves[0].atoms + halves[1].atoms) / 2
+    return PID(*atoms.unbind(-1), 2 * whole.gap + (halves[0].gap + halves[1].gap) / 2), whole
 
-
+# %% ../../nbs/pid/17_quantised.ipynb #8e04141d
 @torch.no_grad()
 def pid_codes(
     c1: Tensor,  # `(n,)` integer codes of Z1, from 0
@@ -90,7 +92,8 @@ def pid_codes(
     seed: int = 0,  # of the halves and the shuffles
     extrapolate: bool = True,  # from random halves, before the null; needs at least 4 samples
 ) -> PID:
-    "Decomposition of counted codes; `info` holds `raw`, `extrapolated`, `null`, `null_std`: `(4,)` atoms each"
+    """Decomposition of counted codes; `info` holds `raw`, `extrapolated`, `null`, `null_std`: `(4,)` atoms each.
+    `gap` covers everything that the atoms are made of: all samples, their halves, and the null."""
     for name, c in (("c1", c1), ("c2", c2), ("ct", ct)):
         if c.is_floating_point() or c.ndim != 1 or not len(c) or c.min() < 0:
             raise ValueError(f"{name}: need integer codes (n,) from 0, got {c.dtype} {tuple(c.shape)}")
@@ -98,16 +101,19 @@ def pid_codes(
     if not len(c1) == len(c2) == n:
         raise ValueError(f"different numbers of samples: c1 {len(c1)}, c2 {len(c2)}, ct {n}")
     if extrapolate and n < 4:
-        raise ValueError(f"n={n} samples: extrapolation from halves needs at least 4; extrapolate=False takes any number")
+        raise ValueError(f"n={n} samples: extrapolation from halves needs at least 4; "
+                         "extrapolate=False takes any number")
     generator = torch.Generator().manual_seed(seed)
     order = lambda: torch.randperm(n, generator=generator).to(ct.device)
     mixed = order()
     c1, c2, ct = (torch.unique(c, return_inverse=True)[1][mixed] for c in (c1, c2, ct))
     read = lambda t: count_pid(c1, c2, t, measure, base, extrapolate)
-    atoms, raw = read(ct)
+    found, raw = read(ct)
     null = null_std = torch.zeros(4, dtype=torch.float64, device=ct.device)
+    gap = found.gap
     if permutations:
         shuffled = read(torch.stack([ct[order()] for _ in range(permutations)]))[0]
-        null, null_std = shuffled.mean(0), shuffled.std(0, unbiased=False)
-    info = {"raw": raw.atoms, "extrapolated": atoms, "null": null, "null_std": null_std}
-    return PID(*(atoms - null).unbind(-1), raw.gap, None, info)
+        null, null_std = shuffled.atoms.mean(0), shuffled.atoms.std(0, unbiased=False)
+        gap = gap + shuffled.gap.mean()
+    info = {"raw": raw.atoms, "extrapolated": found.atoms, "null": null, "null_std": null_std}
+    return PID(*(found.atoms - null).unbind(-1), gap, None, info)

@@ -254,12 +254,14 @@ def test_raw_pixels_are_a_column(trained, tmp_path):
         run_downstream(DownstreamConfig(run=barlow.run_id, weights=weights, task="classify", home=str(home), threads=1))
     cells = json.loads((ROOT / "nbs/make_figures.ipynb").read_text())["cells"]
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    space, opening = {"folder": home / "data", "gallery": Gallery(tmp_path / "figures")}, ast.parse(next(s for s in sources if "import Gallery" in s or "Gallery(figures)" in s))
+    found = load_downstream(home / "data/downstream")
+    space = {"pretrained": ["digits"], "recorded": lambda *recipes: found, "gallery": Gallery(tmp_path / "figures")}
+    opening = ast.parse(next(s for s in sources if "Gallery(figures)" in s))
     opening.body = [n for n in opening.body if isinstance(n, (ast.Import, ast.ImportFrom))]
     exec(compile(opening, "<imports>", "exec"), space)
-    for i, code in enumerate(s for s in sources if "load_downstream(folder" in s or "gallery.add('two_views_beta_cifar10'" in s):
-        linecache.cache[f"<after {i}>"] = (len(code), None, code.splitlines(True), f"<after {i}>")
-        exec(compile(code, f"<after {i}>", "exec"), space)
+    (code,) = [s for s in sources if "gallery.add(f'downstream_results_" in s]
+    linecache.cache["<after>"] = (len(code), None, code.splitlines(True), "<after>")
+    exec(compile(code, "<after>", "exec"), space)
     rows = [line.split(",") for line in (tmp_path / "figures/files/downstream_results_digits.csv").read_text().splitlines()]
     raw = f"{barlow.metrics['raw_test_linear_logreg']:.1f}"
     assert rows[0][-1] == "raw pixels" and raw in {row[-1] for row in rows[1:]}
