@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from ..config import ConfigError, project_root
 from .images import CHUNK, DataError, Source
 from .sources import data_folders, open_source
@@ -85,6 +84,7 @@ def split_indices(labels: np.ndarray,    # (n,) class of each image
             accepted = f'at least {least} images'
         sizes = '{} and {}'.format(*parts(n))
         raise DataError(f'{cannot} into {sizes}, fewer images than classes; accepted: {accepted}')
+    from sklearn.model_selection import train_test_split  # takes a second to load
     first, second = train_test_split(np.arange(n), test_size=share, stratify=labels, random_state=SPLIT_SEED)
     return np.sort(first), np.sort(second)
 
