@@ -52,7 +52,9 @@ class Watch:
         "The run's picture, in the place of the one before."
         from IPython.display import display
         plt, _, _ = plotting()
-        figure = plot_run(SimpleNamespace(config=dataclasses.asdict(self.config), history=history))
+        # one parameter of a view is a picture of its own
+        rows = [{k: v for k, v in row.items() if not k.startswith('nats_')} for row in history]
+        figure = plot_run(SimpleNamespace(config=dataclasses.asdict(self.config), history=rows))
         if self.place is None:
             self.place = display(figure, display_id=True)
         else:

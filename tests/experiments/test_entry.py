@@ -12,17 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import ROOT
+from papermill.cli import papermill
 from PIL import Image
 
-from pid_ssl.config import Config
+from pid_ssl.config import Config, as_arguments
 from pid_ssl.records import load_records
 from pid_ssl.trainers import main, pretrain
 
 
-def run(*args):
-    return subprocess.run([sys.executable, "-m", *args], cwd=ROOT, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+def run(*args, cwd=ROOT):
+    return subprocess.run([sys.executable, "-m", *args], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def records(home):
@@ -79,31 +81,48 @@ def test_command_line_exit_code(home):
     assert "loss: got 'lossx'; accepted: barlow" in out.stderr and "Traceback" not in out.stderr
 
 
-@pytest.mark.parametrize("given, words", [(("lossx", "pid"), ["lossx", "did you mean 'loss'"]), (("loss", "lossx"), ["loss", "'lossx'", "barlow"]),
-                                          (("epochs", "0"), ["epochs", "got 0", "from 1"]), (("force", "true"), ["force", "'true'", "True or False"])])
-def test_papermill_refuses_bad_parameters(given, words, home, tmp_path):
-    out = run("papermill", "nbs/run_experiment.ipynb", str(tmp_path / "o.ipynb"), "-p", *given, "-p", "home", str(home))
-    assert out.returncode != 0 and not records(home)
-    assert all(w in out.stderr for w in words), out.stderr[-2000:]
+REFUSED = {
+    "a name": (("lossx", "pid"), ["lossx", "did you mean 'loss'"]),
+    "a choice": (("loss", "lossx"), ["loss", "'lossx'", "barlow"]),
+    "a number": (("epochs", "0"), ["epochs", "got 0", "from 1"]),
+    "a type": (("force", "true"), ["force", "'true'", "True or False"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_papermill_refuses_bad_parameters(case, home, tmp_path):
+    """papermill's own command line, in this process; the notebook's kernel is another."""
+    given, words = REFUSED[case]
+    options = ["--no-progress-bar", "-p", *given, "-p", "home", str(home)]
+    notebook = str(ROOT / "nbs/run_experiment.ipynb")
+    out = CliRunner().invoke(papermill, [notebook, str(tmp_path / "o.ipynb"), *options])
+    assert out.exit_code != 0 and not records(home)
+    assert all(w in str(out.exception) for w in words), out.output[-2000:]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A home for one run: whoever comes second finds it finished, and its page shows the same."""
+    return tmp_path_factory.mktemp("shared") / "home"
 
 
 @pytest.mark.parametrize("cwd, path", [(".", "nbs/run_experiment.ipynb"), ("nbs", "run_experiment.ipynb")])
-def test_papermill_to_standard_output(cwd, path, home):
+def test_papermill_to_standard_output(cwd, path, shared, monkeypatch):
     """No output path, standard output not a terminal: the executed notebook is what is printed."""
-    out = subprocess.run([sys.executable, "-m", "papermill", path, "-p", "loss", "pid", "-p", "epochs", "1", "-p", "width", "8", "-p", "home", str(home)],
-                         cwd=ROOT / cwd, capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
+    monkeypatch.delenv("IN_TEST", raising=False)
+    given = dict(loss="pid", epochs=1, width=8, home=shared)
+    out = run("papermill", path, *(x for k, v in given.items() for x in ("-p", k, str(v))), cwd=ROOT / cwd)
     assert out.returncode == 0, out.stderr[-2000:]
-    cells = json.loads(out.stdout)["cells"]
-    outputs = [o for c in cells for o in c.get("outputs", [])]
-    assert any("image/png" in o.get("data", {}) for o in outputs), "curves"
-    assert any("untrained network" in "".join(o.get("data", {}).get("text/html", "")) for o in outputs), "the final table"
-    assert len(load_records(home / "data/runs", loss="pid")) == 1
+    data = [o.get("data", {}) for c in json.loads(out.stdout)["cells"] for o in c.get("outputs", [])]
+    assert any("image/png" in d for d in data), "curves"
+    assert any("untrained network" in "".join(d.get("text/html", "")) for d in data), "the final table"
+    assert len(load_records(shared / "data/runs", loss="pid")) == 1
 
 
 def test_killed_run_resumes_to_the_same_metrics(home, tmp_path):
     """SIGKILL somewhere in the middle, start again: the numbers of the run that was left alone."""
-    args = ["--loss", "pid", "--epochs", "30", "--width", "8", "--train_size", "300", "--threads", "1"]
-    command = [sys.executable, "-m", "pid_ssl.trainers", *args, "--home", str(home)]
+    given = dict(loss="pid", epochs=16, width=4, train_size=128, batch_size=32, threads=1)
+    command = [sys.executable, "-m", "pid_ssl.trainers", *as_arguments(given | dict(home=home))]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 100
     while not list(home.rglob("epoch-000003")) and time.time() < deadline:
@@ -113,7 +132,7 @@ def test_killed_run_resumes_to_the_same_metrics(home, tmp_path):
     assert not list((home / "data").glob("runs/*.json")), "killed before it finished"
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert out.returncode == 0 and "resumed after epoch" in out.stdout, out.stderr
-    whole = pretrain(Config(loss="pid", epochs=30, width=8, train_size=300, threads=1, home=str(tmp_path / "other")))
+    whole = pretrain(Config(**given, home=str(tmp_path / "other")))
     (resumed,) = load_records(home / "data/runs")
     assert resumed.metrics == whole.metrics and resumed.history == whole.history
     assert not list(home.rglob("epoch-*")) and not list(home.rglob("*tmp*"))

@@ -1,7 +1,8 @@
 """Stop, kill, starve and damage a small run on digits, then start it again: does it end where the undisturbed run does?
 
-`test_faults.py` does a part of it. As a program it does the whole, or the parts that are named, and writes `data/benchmarks/faults.json`:
-    OMP_NUM_THREADS=1 python tests/harness/fault_harness.py [killed_at_points] [killed_while_replacing] [killed_at_random] [long_run] [fuzz]
+`test_faults.py` does a part of it. As a program it does the whole, or the parts that are named (killed_at_points,
+killed_while_replacing, killed_at_random, long_run, fuzz), and writes `data/benchmarks/faults.json`:
+    OMP_NUM_THREADS=1 python tests/harness/fault_harness.py [PART ...]
 """
 import builtins
 import ctypes
@@ -10,6 +11,7 @@ import json
 import multiprocessing.util
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -18,7 +20,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ARGS = dict(loss="pid", epochs=3, width=4, train_size=64, batch_size=32, projector_dim=8, projector_hidden=8, threads=1)
+ARGS = dict(loss="pid", form="target", epochs=3, width=4, train_size=64, batch_size=32, threads=1)
+ARGS |= dict(projector_dim=8, projector_hidden=8)
 
 # one process imports torch, every run is forked from it
 context = multiprocessing.get_context("forkserver")
@@ -42,7 +45,7 @@ class Points:
 
     def counted(self, name, function):
         def call(path, *args, **kwargs):
-            self.point(f"{name} {path if isinstance(path, int) else Path(path).name}")
+            self.point(f"{name} {Path(str(path)).name}")
             return function(path, *args, **kwargs)
 
         return call
@@ -155,14 +158,16 @@ def watch(home, file):
 
     def save_state(state, folder):
         out = real(state, folder)
-        rows.append((state.step, int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        rows.append((state.step, resident, len(os.listdir("/proc/self/fd"))))
         return out
 
     trainers.save_state = save_state
     multiprocessing.util.Finalize(None, lambda: Path(file).write_text(json.dumps(rows)), exitpriority=1)
 
 
-FAULTS = {f.__name__: f for f in (watch, kill_at, pause_at, list_points, signal_at, nan_at, small_files, full_disk, read_only, clock_back)}
+KNOWN = (watch, kill_at, pause_at, list_points, signal_at, nan_at, small_files, full_disk, read_only, clock_back)
+FAULTS = {f.__name__: f for f in KNOWN}
 
 
 def child(home, args, log, fault, parameters):
@@ -171,12 +176,12 @@ def child(home, args, log, fault, parameters):
     os.environ.pop("IN_TEST", None)
     # a shell that starts the tests in the background has SIGINT ignored, and a run respects that
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    from pid_ssl.config import as_arguments
     from pid_ssl.trainers import main
 
     if fault:
         FAULTS[fault](home, *parameters)
-    argv = [f"--{k}" if v is True else f"--{k}={v}" for k, v in {**ARGS, **args}.items()]
-    sys.exit(main([*argv, f"--home={home}"]))
+    sys.exit(main(as_arguments({**ARGS, **args, "home": home})))
 
 
 class Run:
@@ -207,8 +212,7 @@ class Run:
         return sorted((self.home / "data/checkpoints").glob("*/*-*"))
 
     def result(self):
-        from pid_ssl.records import load_checkpoint
-        from pid_ssl.records import load_record
+        from pid_ssl.records import load_checkpoint, load_record
 
         (path,) = self.records
         record = load_record(path)
@@ -217,11 +221,18 @@ class Run:
 
     def faults(self, whole):
         """What differs from the undisturbed run, after the last start."""
-        left = [p.name for p in self.home.rglob("*") if ".tmp-" in p.name or ".old-" in p.name or p.name.startswith("epoch-")]
+        left = [p.name for p in self.home.rglob("*") if re.search(r"\.(tmp|old)-|^epoch-", p.name)]
         out = [f"left behind: {left}"] if left else []
         if self.result() != whole.result():
             out.append("another result")
         return out
+
+
+def wait_until_stopped(pid):
+    """Until SIGSTOP has taken effect."""
+    deadline = time.time() + 600
+    while time.time() < deadline and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
+        time.sleep(0.02)
 
 
 def undisturbed(folder, **args):
@@ -233,7 +244,10 @@ def undisturbed(folder, **args):
 
 
 def killed(run, whole, at, again=None):
-    """Kill a run at a point, and its second start at the point `again` if it gets there, then start it until it is finished: kills, and what is wrong then."""
+    """Kill a run at a point, and its second start at the point `again` if it gets there; then let it finish.
+
+    Returns how often it was killed, and what is wrong in the end.
+    """
     kills = sum(run.start("kill_at", i)[0] == -signal.SIGKILL for i in (at, again) if i)
     status, text = run.start()
     return kills, [f"exit status {status}: {text}"] if status else run.faults(whole)
@@ -253,7 +267,7 @@ def killed_after(run, whole, seconds):
 
 
 def trials(folder, whole, names, home=None, **args):
-    """Kill at every point in `names` (number -> name) twice, the second time with another kill somewhere in the next start, and start again until finished."""
+    """Kill at every point in `names` (number -> name) twice, the second time once more somewhere in the next start."""
     draw = random.Random(0)
     out = dict(enumerated=len(names), trials=0, kills=0, wrong={})
     for i, name in names.items():
@@ -307,7 +321,11 @@ def killed_at_random(folder):
 
 
 def long_run(folder):
-    """Three runs of 10,336 steps in 32 epochs: growth of memory and open files in the second half. The allocator settles during the first; with each epoch a row of the history is added, and kept. Errors are the spread over runs."""
+    """Three runs of 10,336 steps in 32 epochs: growth of memory and open files in the second half.
+
+    The allocator settles during the first half; with each epoch a row of the history is added, and kept. Errors are the
+    spread over runs.
+    """
     import numpy as np
 
     slopes = []
@@ -318,9 +336,11 @@ def long_run(folder):
         step, memory, files = np.array(json.loads((folder / "watch.json").read_text()), float).T
         rest = step > step[-1] / 2
         slopes.append([np.polyfit(step[rest], y[rest], 1)[0] for y in (memory, files)])
-    out = dict(runs=len(slopes), steps=int(step[-1]), steps_counted=int(step[-1] - step[~rest][-1]), epochs=len(step), resident_bytes=int(memory[-1]), open_files=int(files[-1]))
+    out = dict(runs=len(slopes), steps=int(step[-1]), steps_counted=int(step[-1] - step[~rest][-1]), epochs=len(step))
+    out |= dict(resident_bytes=int(memory[-1]), open_files=int(files[-1]))
     for name, values in zip(("resident_bytes_per_step", "open_files_per_step"), np.transpose(slopes)):
-        out[name], out[f"{name}_standard_error"] = round(values.mean(), 3), round(values.std(ddof=1) / len(values) ** 0.5, 3)
+        out[name] = round(values.mean(), 3)
+        out[f"{name}_standard_error"] = round(values.std(ddof=1) / len(values) ** 0.5, 3)
     return out
 
 
@@ -345,7 +365,8 @@ def provenance():
     from pid_ssl.records import device_name
 
     versions = {p: version(p) for p in ("torch", "numpy", "safetensors", "pyarrow", "hypothesis")}
-    return dict(device=device_name("cpu"), threads=1, date=time.strftime("%Y-%m-%d", time.gmtime()), python=platform.python_version(), source_hash=source_hash(), versions=versions, run=ARGS)
+    return dict(device=device_name("cpu"), threads=1, date=time.strftime("%Y-%m-%d", time.gmtime()),
+                python=platform.python_version(), source_hash=source_hash(), versions=versions, run=ARGS)
 
 
 def main(names):
@@ -355,7 +376,9 @@ def main(names):
         begun = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             result = part(Path(folder))
-        table[part.__name__] = {"what": part.__doc__, **result, "seconds": round(time.perf_counter() - begun), "provenance": provenance()}
+        seconds = round(time.perf_counter() - begun)
+        about = " ".join(part.__doc__.split())
+        table[part.__name__] = {"what": about, **result, "seconds": seconds, "provenance": provenance()}
         path.write_text(json.dumps(table, indent=1) + "\n")
         print(json.dumps({part.__name__: table[part.__name__]}, indent=1), flush=True)
 

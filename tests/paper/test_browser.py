@@ -1,8 +1,9 @@
 """JupyterLab in a real browser: each notebook for reading and the experiment, opened and run as a reader does.
 
-Not part of the plain suite: `pip install -e ".[browser]" && python -m pytest -m browser`, with Chromium or Chrome installed,
-or after `playwright install chromium`. PID_SSL_SCREENSHOTS names a folder that gets a picture of each page.
+Not part of the plain suite: `pip install -e ".[browser]" && python -m pytest -m browser`, with Chromium or Chrome
+installed, or after `playwright install chromium`. PID_SSL_SCREENSHOTS names a folder that gets a picture of each page.
 """
+import importlib
 import json
 import os
 import re
@@ -20,7 +21,8 @@ from conftest import ROOT
 from pid_ssl.paper.report import find_browser
 
 pytestmark = pytest.mark.browser
-NOTEBOOKS = sorted([*(ROOT / "nbs").glob("1[0-9]_*.ipynb"), ROOT / "nbs/run_experiment.ipynb"])
+READING = sorted((ROOT / "nbs").glob("[0-9]_*.ipynb"))
+NOTEBOOKS = [*READING, ROOT / "nbs/run_experiment.ipynb"]
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # outputs out of sight are on the page too
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -46,8 +48,9 @@ def browser():
 def lab(tmp_path_factory):
     """JupyterLab over a copy of the project, since it saves what is open; its kernels have this clone's package."""
     folder = tmp_path_factory.mktemp("lab")
-    files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    for f in filter(None, files):
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for f in filter(None, files.split("\n")):
         if (ROOT / f).is_file() and not f.startswith(("pid_ssl/", "tests/")):
             (folder / "project" / f).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / f, folder / "project" / f)
@@ -58,11 +61,13 @@ def lab(tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(ROOT), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
-           **{f"JUPYTER_{k}_DIR": str(folder / k.lower()) for k in ("CONFIG", "RUNTIME")}, "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces")}
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(ROOT)}
+    env |= {f"JUPYTER_{k}_DIR": str(folder / k.lower()) for k in ("CONFIG", "RUNTIME")}
+    env |= {f"JUPYTERLAB_{k}_DIR": str(folder / k.lower()) for k in ("SETTINGS", "WORKSPACES")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
+               "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder / 'project'}"]
     with open(folder / "log", "wb") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=",
-                                   f"--ServerApp.root_dir={folder / 'project'}"], cwd=folder / "project", env=env, stdout=log, stderr=log)
+        server = subprocess.Popen(command, cwd=folder / "project", env=env, stdout=log, stderr=log)
     url, deadline = f"http://127.0.0.1:{port}", time.time() + 120
     while True:
         assert server.poll() is None and time.time() < deadline, (folder / "log").read_text()
@@ -76,41 +81,90 @@ def lab(tmp_path_factory):
     server.wait(60)
 
 
+def cells(path, kind):
+    found = json.loads(path.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == kind]
+
+
 def draws(path):
     """Whether a notebook's code makes pictures."""
-    code = "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code")
-    return bool(re.search(r"\bplt\.|plot_|Image\(", code))
+    return bool(re.search(r"\bplt\.|plot_|Image\(", "\n".join(cells(path, "code"))))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_run_all_in_jupyterlab(path, browser, lab):
+def opened(browser, lab, path):
+    """A page of JupyterLab with a notebook whose kernel is idle."""
     page = browser.new_page(viewport=dict(width=1400, height=1000))
     page.set_default_timeout(60_000)
     page.goto(f"{lab}/lab/tree/nbs/{path.name}?reset", wait_until="domcontentloaded")
     page.wait_for_selector(IDLE, state="attached")
     page.wait_for_timeout(5000)  # after the kernel's first idle JupyterLab is still busy with itself
+    return page
+
+
+def screenshot(page, name):
+    if not (folder := os.environ.get("PID_SSL_SCREENSHOTS")):
+        return
+    outer = "[...document.querySelectorAll('.jp-WindowedPanel-outer, .jp-Notebook, body')]"
+    height = page.evaluate(f"Math.max(...{outer}.map(e => e.scrollHeight))")
+    page.set_viewport_size(dict(width=1400, height=min(16_000, height + 150)))
+    page.evaluate(f"{outer}.forEach(e => e.scrollTop = 0)")
+    page.wait_for_timeout(1000)
+    page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def widths(page, selector):
+    """Natural widths of the pictures that are shown; 0 for one that is not there."""
+    return page.eval_on_selector_all(selector, "found => found.map(e => e.complete ? e.naturalWidth : 0)")
+
+
+@pytest.mark.parametrize("path", READING, ids=lambda p: p.stem)
+def test_complete_without_being_run(path, browser, lab):
+    """Opened in JupyterLab, and as plain Markdown: every picture is there, and no marker can be seen."""
+    text = "\n\n".join(cells(path, "markdown"))
+    pictures = len(re.findall(r"!\[[^\]]*\]\(", text))
+    page = opened(browser, lab, path)
+    page.wait_for_timeout(2000)
+    found = widths(page, ".jp-NotebookPanel .jp-MarkdownOutput img")
+    assert len(found) == pictures and all(found), found
+    assert "<!--" not in page.locator(".jp-NotebookPanel").inner_text()
+    assert not page.locator(".jp-NotebookPanel .jp-OutputArea-output").count(), "nothing was run"
+    screenshot(page, f"{path.stem}-unrun")
+    page.close()
+    body = importlib.import_module("nbconvert.filters").markdown2html(text)
+    page = browser.new_page(viewport=dict(width=1000, height=1000))
+    plain = ROOT / "nbs" / f".{path.stem}-{os.getpid()}.html"  # beside the notebook, where its links lead
+    try:
+        plain.write_text(f'<meta charset="utf-8"><base href="{path.as_uri()}"><body>{body}</body>')
+        page.goto(plain.as_uri())
+        found = widths(page, "img")
+        assert len(found) == pictures and all(found), found
+        screenshot(page, f"{path.stem}-plain")
+    finally:
+        plain.unlink(missing_ok=True)
+    page.close()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_run_all_in_jupyterlab(path, browser, lab):
+    page = opened(browser, lab, path)
     code, deadline = ".jp-NotebookPanel .jp-CodeCell .jp-InputArea-prompt", time.time() + 500
     count = lambda selector: page.locator(f".jp-NotebookPanel {selector}").count()
     prompts = lambda: [x.strip() for x in page.locator(code).all_inner_texts()]
     while not all(re.fullmatch(r"\[\d+\]:", x) for x in prompts()) and not count(ERROR):
-        if count(IDLE) and "[*]:" not in prompts():  # once, unless JupyterLab dropped some of it, as it does while it starts
+        # once, unless JupyterLab dropped some of it, as it does while it starts
+        if count(IDLE) and "[*]:" not in prompts():
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         page.wait_for_timeout(2000)
         assert time.time() < deadline, f"not done: {prompts()}"
     page.wait_for_selector(IDLE, state="attached")
-    assert len(prompts()) == sum(c["cell_type"] == "code" for c in json.loads(path.read_text())["cells"])
+    assert len(prompts()) == len(cells(path, "code"))
     page.wait_for_timeout(1000)  # the last output is drawn
-    if folder := os.environ.get("PID_SSL_SCREENSHOTS"):
-        height = page.evaluate("Math.max(...[...document.querySelectorAll('.jp-WindowedPanel-outer, .jp-Notebook')].map(e => e.scrollHeight))")
-        page.set_viewport_size(dict(width=1400, height=min(16_000, height + 150)))
-        page.evaluate("document.querySelectorAll('.jp-WindowedPanel-outer, .jp-Notebook').forEach(e => e.scrollTop = 0)")
-        page.wait_for_timeout(1000)
-        page.screenshot(path=Path(folder) / f"{path.stem}.png")
+    screenshot(page, path.stem)
     assert count(ERROR) == 0, page.locator(ERROR).all_inner_texts()[0][-2000:]
     said = page.locator('.jp-NotebookPanel [data-mime-type="application/vnd.jupyter.stderr"]').all_inner_texts()
     assert not [x for x in said if "Traceback" in x or "Warning" in x], said
     assert "Error displaying widget" not in page.locator(".jp-NotebookPanel").inner_text()
-    widths = page.eval_on_selector_all(".jp-NotebookPanel .jp-OutputArea-output img", "found => found.map(e => e.naturalWidth)")
-    assert all(widths) and (bool(widths) or not draws(path)), widths
+    drawn = widths(page, ".jp-NotebookPanel .jp-OutputArea-output img")
+    assert all(drawn) and (bool(drawn) or not draws(path)), drawn
     page.close()
