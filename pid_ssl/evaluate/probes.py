@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from sklearn.linear_model import LogisticRegression
 from ..data import DataError
 
 # %% ../../nbs/evaluate/62_probes.ipynb #7abdf8ba
@@ -45,6 +44,7 @@ def linear_probe(features: dict,          # 'train', 'val' and the evaluation sp
     std[std < 1e-8] = 1.
     x = {s: ((v - mean)/std).astype(np.float32) for s, v in x.items()}
     best = (-1.,)
+    from sklearn.linear_model import LogisticRegression
     model = LogisticRegression(C=L2_STRENGTHS[0], max_iter=200, tol=1e-3, warm_start=True)
     for c in L2_STRENGTHS:
         model.set_params(C=c*1e4/len(x['train']))
