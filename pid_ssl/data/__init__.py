@@ -89,12 +89,21 @@ def split_indices(labels: np.ndarray,    # (n,) class of each image
     return np.sort(first), np.sort(second)
 
 # %% ../../nbs/data/30_data.ipynb #d902885b
+def _no_class_lost(chosen, labels, classes):
+    # shares of a long tail round to nothing: such a class gets its first image, in place of one of the largest's
+    for c in np.setdiff1d(classes, labels[chosen]):
+        largest = np.bincount(labels[chosen]).argmax()
+        last = np.nonzero(labels[chosen] == largest)[0][-1]
+        chosen = np.append(np.delete(chosen, last), np.nonzero(labels == c)[0][0])
+    return np.sort(chosen)
+
 def _subset(labels, train_size, names):
     # which of the training images a `train_size` below their number takes
     classes, counts = np.unique(labels, return_counts=True)
     less = len(labels) - train_size
     if less >= len(classes):
-        return split_indices(labels, train_size, f'train_size {train_size}', names)[1]
+        chosen = split_indices(labels, train_size, f'train_size {train_size}', names)[1]
+        return _no_class_lost(chosen, labels, classes)
     # too few to take one from every class: one from each of the largest
     order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
     largest = classes[np.argsort(-counts, kind='stable')[:less]]
