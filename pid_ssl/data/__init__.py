@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from ..config import ConfigError, project_root
 from .images import CHUNK, DataError, Source
 from .sources import data_folders, open_source
@@ -85,16 +84,26 @@ def split_indices(labels: np.ndarray,    # (n,) class of each image
             accepted = f'at least {least} images'
         sizes = '{} and {}'.format(*parts(n))
         raise DataError(f'{cannot} into {sizes}, fewer images than classes; accepted: {accepted}')
+    from sklearn.model_selection import train_test_split  # takes a second to load
     first, second = train_test_split(np.arange(n), test_size=share, stratify=labels, random_state=SPLIT_SEED)
     return np.sort(first), np.sort(second)
 
 # %% ../../nbs/data/30_data.ipynb #d902885b
+def _no_class_lost(chosen, labels, classes):
+    # shares of a long tail round to nothing: such a class gets its first image, in place of one of the largest's
+    for c in np.setdiff1d(classes, labels[chosen]):
+        largest = np.bincount(labels[chosen]).argmax()
+        last = np.nonzero(labels[chosen] == largest)[0][-1]
+        chosen = np.append(np.delete(chosen, last), np.nonzero(labels == c)[0][0])
+    return np.sort(chosen)
+
 def _subset(labels, train_size, names):
     # which of the training images a `train_size` below their number takes
     classes, counts = np.unique(labels, return_counts=True)
     less = len(labels) - train_size
     if less >= len(classes):
-        return split_indices(labels, train_size, f'train_size {train_size}', names)[1]
+        chosen = split_indices(labels, train_size, f'train_size {train_size}', names)[1]
+        return _no_class_lost(chosen, labels, classes)
     # too few to take one from every class: one from each of the largest
     order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
     largest = classes[np.argsort(-counts, kind='stable')[:less]]

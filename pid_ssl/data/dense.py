@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from ..config import ConfigError
 from . import Dataset, data_folders
 from .files import open_parquet
@@ -260,6 +259,7 @@ def digit_scenes(folder: str | Path,     # gets digit-scenes/{train,val,test}.pa
                  seed: int = 0,          # of what is drawn where
                 ) -> Path:               # the folder
     "Draw scenes of zeros and ones, 48x64, with masks and boxes."
+    from sklearn.datasets import load_digits
     digits, rng = load_digits(), np.random.default_rng(seed)
     glyphs = [digits.images[digits.target == c].repeat(2, 1).repeat(2, 2)/16 for c in (0, 1)]
     for split, n in zip(_SPLITS, counts):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ..config import project_root
-from .files import folder_source, is_image, listed_source, listing, parquet_source
+from .files import folder_source, is_image, listed_source, listing, parquet_files, parquet_source, split_of
 from .images import CHUNK, DataError, Source, check_labels, file_hash
 from .table import DATASETS, fetch_command
 
@@ -88,10 +88,10 @@ def data_folders(data_dir: str | None = None, # given by the user
 
 def _layout(name, folder):
     # the source in a folder, if it holds one
-    if any(next(at.glob('*.parquet'), None) for at in (folder, folder/'data')):
+    if any(parquet_files(folder)):
         return parquet_source(name, folder)
-    folders = [p for p in listing(folder) if p.is_dir()]
-    by_class = folder/'train' in folders or any(map(is_image, (f for p in folders for f in listing(p))))
+    folders = [p for p in listing(folder) if os.path.isdir(p)]
+    by_class = any(split_of(p.name) for p in folders) or any(is_image(f) for p in folders for f in listing(p))
     return folder_source(name, folder) if by_class else None
 
 def _counted(name, source):

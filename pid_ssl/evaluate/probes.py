@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from sklearn.linear_model import LogisticRegression
 from ..data import DataError
 
 # %% ../../nbs/evaluate/62_probes.ipynb #7abdf8ba
@@ -45,6 +44,7 @@ def linear_probe(features: dict,          # 'train', 'val' and the evaluation sp
     std[std < 1e-8] = 1.
     x = {s: ((v - mean)/std).astype(np.float32) for s, v in x.items()}
     best = (-1.,)
+    from sklearn.linear_model import LogisticRegression
     model = LogisticRegression(C=L2_STRENGTHS[0], max_iter=200, tol=1e-3, warm_start=True)
     for c in L2_STRENGTHS:
         model.set_params(C=c*1e4/len(x['train']))
@@ -86,19 +86,33 @@ def mlp_probe(features: dict,    # 'train', 'val' and the evaluation split -> (n
 # %% ../../nbs/evaluate/62_probes.ipynb #6faa1c2b
 KNN_TEMPERATURE = 0.07  # Wu et al. 2018
 
+def _checked(name, x, y):
+    x, y = torch.as_tensor(x), torch.as_tensor(y).long()
+    if x.ndim != 2 or not len(x) or y.shape != (len(x),):
+        raise ValueError(f'{name}: got features {tuple(x.shape)} and labels {tuple(y.shape)}; '
+                         'accepted: (n, f) and (n,), at least one')
+    if not x.isfinite().all():
+        raise ValueError(f'{name}: got features that are not finite; accepted: finite numbers; NaN is near to all')
+    return x if x.dtype == torch.float64 else x.float(), y
+
 def knn_accuracy(train: torch.Tensor,        # (n, f) features
                  train_labels: torch.Tensor, # (n,)
                  query: torch.Tensor,        # (m, f) features
                  query_labels: torch.Tensor, # (m,)
                  k: int = 5,                 # neighbours
                  metric: str = 'euclidean',  # or 'cosine', weighted by exp(similarity / temperature)
+                 temperature: float = KNN_TEMPERATURE, # of the weights by cosine
                 ) -> float:                  # percent
     """kNN accuracy: majority vote by distance (W-MSE protocol), or weighted vote by cosine (Wu et al. 2018).
-    Equal distances come in no particular order."""
+    Equal distances come in no particular order. Raises `ValueError` naming the argument that cannot be used."""
+    train, train_labels = _checked('train', train, train_labels)
+    query, query_labels = _checked('query', query, query_labels)
     if not 0 < k <= len(train):
         raise ValueError(f"k: got {k}; accepted: 1 to {len(train)}, the number of training features")
     if metric not in ('euclidean', 'cosine'):
         raise ValueError(f"metric: got {metric!r}; accepted: euclidean, cosine")
+    if not temperature > 0:
+        raise ValueError(f'temperature: got {temperature!r}; accepted: a number above 0')
     classes = int(train_labels.max()) + 1
     if metric == 'cosine':
         train, query = F.normalize(train), F.normalize(query)
@@ -110,8 +124,9 @@ def knn_accuracy(train: torch.Tensor,        # (n, f) features
     for q, y in zip(query.split(step), query_labels.split(step)):
         # nearest first: of tied classes the one with the smaller sum of ranks has the larger weight
         near = (q @ train.T if metric == 'cosine' else -torch.cdist(q, train)).topk(k)
-        rank = torch.arange(k).expand(len(q), k)
-        weight = (near.values/KNN_TEMPERATURE).exp() if metric == 'cosine' else 1 - 1e-6*rank
-        votes = torch.zeros(len(q), classes).scatter_add_(1, train_labels[near.indices], weight)
+        # sums of many votes need float64 to see ranks; of few, records were made in float32
+        rank = torch.arange(k, dtype=torch.float32 if k < 50 else torch.float64).expand(len(q), k)
+        weight = (near.values/temperature).exp() if metric == 'cosine' else 1 - min(1e-6, 1/k**2)*rank
+        votes = weight.new_zeros(len(q), classes).scatter_add_(1, train_labels[near.indices], weight)
         right += (votes.argmax(1) == y).sum().item()
     return 100*right/len(query)

@@ -94,7 +94,7 @@ class ProcessLost(RuntimeError):
     "Another process of this run has ended or cannot be reached; the message says where the same command goes on."
 
 class _Shared:
-    "What the processes of a run compute together."
+    # what the processes of a run compute together
     def __init__(self,
                  rank: int = 0, # of this process
                  size: int = 1, # processes

@@ -26,7 +26,7 @@ def expand(sweep: dict | str | Path, # config field -> value, or list of values;
 
 # %% ../../nbs/experiments/78_sweep.ipynb #b157b413
 def _records(configs):
-    "The finished record of each, or None."
+    # the finished record of each, or None
     out = {}
     for folder in {PRETRAINING.folder(c) for c in configs}:
         mine = [c for c in configs if PRETRAINING.folder(c) == folder]
@@ -139,7 +139,7 @@ def _locked(run):
     run.after, run.wait = time.monotonic() + run.wait, min(60., 1.5*run.wait)
 
 def _work(runs, workers, total):
-    "Keep `workers` processes going; raises `SweepFailed` at the end, `SweepStopped` on a signal."
+    # keep `workers` processes going; raises `SweepFailed` at the end, `SweepStopped` on a signal
     if type(workers) is not int or workers < 1:
         raise ConfigError('workers', workers, 'an integer from 1')
     waiting, failures, took, running = collections.deque(runs), {}, [], []
@@ -182,7 +182,7 @@ def _work(runs, workers, total):
 
 # %% ../../nbs/experiments/78_sweep.ipynb #101e6510
 def _page(notebooks):
-    "The notebook that is executed for each run, or None."
+    # the notebook that is executed for each run, or None
     path = project_root()/'nbs'/'run_experiment.ipynb'
     able = path.is_file() and importlib.util.find_spec('papermill') is not None
     if notebooks and not able:

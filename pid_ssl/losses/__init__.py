@@ -17,7 +17,8 @@ from .baselines import BYOL, NTXent, VICReg, WMSE, BarlowTwins, whiten
 from .relation import Relation, RelationLoss, Unique
 from .target import PIDBarlowTwins, PIDLoss, PIDWMSE, TargetLoss
 
-_all_ = ['BYOL', 'BarlowTwins', 'NTXent', 'PIDBarlowTwins', 'PIDLoss', 'PIDWMSE', 'Relation', 'RelationLoss', 'RunningMean', 'SSLLoss', 'TargetLoss', 'Unique', 'VICReg', 'WMSE',
+_all_ = ['BYOL', 'BarlowTwins', 'NTXent', 'PIDBarlowTwins', 'PIDLoss', 'PIDWMSE', 'Relation', 'RelationLoss',
+         'RunningMean', 'SSLLoss', 'TargetLoss', 'Unique', 'VICReg', 'WMSE',
          'cross_correlation', 'gather', 'off_diagonal', 'standardise', 'whiten']
 
 # %% ../../nbs/losses/50_losses.ipynb #508c3a93

@@ -11,7 +11,7 @@ import itertools
 import torch
 import torch.distributed as dist
 from torch import nn
-from ..config import ConfigError
+from ..config import ConfigError, check_knob
 
 # %% ../../nbs/losses/51_base.ipynb #7fcba3b3
 def standardise(z: torch.Tensor,    # (n, d)
@@ -67,9 +67,7 @@ class RunningMean(nn.Module):
                  momentum: float = 0.9, # 0: the last input itself; the first steps are a plain average
                 ):
         super().__init__()
-        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
-            raise ConfigError('covariance_momentum', momentum, 'a number from 0, less than 1')
-        self.momentum = float(momentum)
+        self.momentum = check_knob('covariance_momentum', momentum)
         self.register_buffer('mean', torch.zeros(0))
         self.register_buffer('count', torch.zeros(()))
 
@@ -96,11 +94,10 @@ class RunningMean(nn.Module):
 # %% ../../nbs/losses/51_base.ipynb #52d9e632
 def check_weight(name: str,          # the argument
                  value: float,       # its value
-                 zero: bool = True,  # is 0 accepted?
                 ) -> float:
-    "A finite weight from 0 (or above it), else `ConfigError`."
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0 or (not zero and value == 0) or value == float('inf'):
-        raise ConfigError(name, value, 'a finite number ' + ('from 0' if zero else 'above 0'))
+    "A finite weight from 0, else `ConfigError`."
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float('inf'):
+        raise ConfigError(name, value, 'a finite number from 0')
     return float(value)
 
 def check_integer(name: str,   # the argument
@@ -112,6 +109,28 @@ def check_integer(name: str,   # the argument
         raise ConfigError(name, value, f'an integer from {low}')
     return int(value)
 
+# %% ../../nbs/losses/51_base.ipynb #7d20b5aa
+def _gathered(t):
+    # float32 or better, of all processes
+    return gather(t if t.dtype == torch.float64 else t.float())
+
+def _check_inputs(loss, views, targets):
+    z1, name = views[0], type(loss).__name__
+    shapes = [None if z is None else tuple(z.shape) for z in views]
+    if z1.ndim != 2 or len(set(shapes)) > 1:
+        raise ValueError(f"z1, z2: got shapes {' and '.join(map(str, shapes))}; accepted: the same (n, d) twice")
+    if len(views) > 2 and loss.needs_target:
+        raise ValueError(f'z1: got {len(shapes)} views; accepted: 2, {name} compares them with a target')
+    if len(z1) < 2:
+        raise ValueError(f'z1: got a batch of {len(z1)}; accepted: at least 2 samples, the statistics are over the'
+                         ' batch')
+    if loss.wants_target and targets['target'] is None:
+        raise ValueError(f'target: got None; accepted: an (n, d) tensor, {name} compares the views with a target')
+    for which, t in targets.items():
+        if t is not None and t.shape != z1.shape:
+            raise ValueError(f'{which}: got shape {tuple(t.shape)}; accepted: {tuple(z1.shape)}, that of z1')
+
+# %% ../../nbs/losses/51_base.ipynb #0c5b7d11
 class SSLLoss(nn.Module):
     "Base of all losses: checks shapes, keeps statistics out of autocast, remembers `.terms`."
     needs_target = False  # does the loss compare the views with a target?
@@ -119,6 +138,13 @@ class SSLLoss(nn.Module):
     def __init__(self):
         super().__init__()
         self.terms = {}
+
+    def take(self,
+             **knobs, # name -> value
+            ) -> None:
+        "Keep the values of knobs as attributes; raises `ConfigError` on one that is out of its range."
+        for name, value in knobs.items():
+            setattr(self, name, check_knob(name, value))
 
     @property
     def wants_target(self) -> bool: # at the present strength
@@ -133,29 +159,18 @@ class SSLLoss(nn.Module):
         return torch.stack(losses).mean(), {k: torch.stack([t[k] for t in terms]).mean(0) for k in terms[0]}
 
     def forward(self,
-                z1: torch.Tensor,                    # (n, d) embedding of view 1; without z2 (V, n, d), or a list of V views
+                z1: torch.Tensor,                    # (n, d) embedding of view 1; without z2 the V views, (V, n, d)
                 z2: torch.Tensor | None = None,      # (n, d) embedding of view 2
                 target: torch.Tensor | None = None,  # (n, d) stop-gradient target, where the loss has one
-                target2: torch.Tensor | None = None, # (n, d) second draw of the target; default: the target is a function of the image
+                target2: torch.Tensor | None = None, # (n, d) second draw of it; default: it is a function of the image
                ) -> torch.Tensor:                    # scalar
-        "The loss over the batch of all processes; raises `ValueError` on shapes that do not fit and on a missing target."
+        "The loss over the batch of all processes; raises `ValueError` on wrong shapes and on a missing target."
         z1, z2, *more = z1 if z2 is None and len(z1) > 1 else (z1, z2)
-        shapes = [None if z is None else tuple(z.shape) for z in (z1, z2, *more)]
-        if z1.ndim != 2 or len(set(shapes)) > 1:
-            raise ValueError(f"z1, z2: got shapes {' and '.join(map(str, shapes))}; accepted: the same (n, d) twice")
-        if more and self.needs_target:
-            raise ValueError(f"z1: got {len(shapes)} views; accepted: 2, {type(self).__name__} compares them with a target")
-        if len(z1) < 2:
-            raise ValueError(f"z1: got a batch of {len(z1)}; accepted: at least 2 samples, the statistics are over the batch")
-        if self.wants_target and target is None:
-            raise ValueError(f"target: got None; accepted: an (n, d) tensor, {type(self).__name__} compares the views with a target")
-        for name, t in (('target', target), ('target2', target2)):
-            if t is not None and t.shape != z1.shape:
-                raise ValueError(f"{name}: got shape {tuple(t.shape)}; accepted: {tuple(z1.shape)}, that of z1")
+        _check_inputs(self, (z1, z2, *more), dict(target=target, target2=target2))
         with torch.autocast(z1.device.type, enabled=False):
-            up = lambda t: None if t is None else gather(t if t.dtype == torch.float64 else t.float())
-            targets = (None if t is None else up(t.detach()) for t in (target, target2)) if self.needs_target else ()
+            given = (target, target2) if self.needs_target else ()
+            targets = [None if t is None else _gathered(t.detach()) for t in given]
             compute = self.compute_peers if more else self.compute
-            loss, terms = compute(*map(up, (z1, z2, *more)), *targets)
+            loss, terms = compute(*map(_gathered, (z1, z2, *more)), *targets)
         self.terms = {k: v.detach() for k, v in terms.items()}
         return loss

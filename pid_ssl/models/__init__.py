@@ -11,7 +11,6 @@ import copy
 from pathlib import Path
 import torch
 from torch import nn
-import torchvision
 from ..records import CheckpointError, load_checkpoint
 from ..config import ConfigError
 
@@ -60,6 +59,7 @@ def build_encoder(name: str,             # 'small', 'resnet18' or 'resnet50'
         return SmallResNet(width, in_channels, 2 if image_size >= 16 else 1)
     if name not in ('resnet18', 'resnet50'):
         raise ConfigError('encoder', name, 'small, resnet18, resnet50')
+    import torchvision  # loads torch's compiler, for a second or two
     net = getattr(torchvision.models, name)(weights=None)
     if image_size <= 64:
         net.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)

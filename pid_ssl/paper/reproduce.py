@@ -104,7 +104,7 @@ def reproduce(plan: Plan,                  # from `behind`
         raise ConfigError('home', str(home), 'another folder: here committed records would be taken for new ones')
     every = plan.runs + plan.downstream + plan.controlled
     if not every:
-        raise ConfigError('figure', ', '.join(plan.files) or 'nothing', 'something made from run records; times and errors are measured by nbs/4_speed.ipynb and nbs/4_speed_training.ipynb')
+        raise ConfigError('figure', ', '.join(plan.files) or 'nothing', 'something made from run records; times and errors are measured by nbs/run_speed.ipynb and tests/harness/speed_harness.py')
     for device in sorted({r.provenance['device'] for r in every}):
         device_class(downstream_config({'device': device}))
     local = dict(home=str(home), **({'data_dir': str(Path(data_dir).expanduser().resolve())} if data_dir else {}))
@@ -264,7 +264,7 @@ def main(argv: list | None = None, # default the process's arguments
         plan = behind(given.figure)
         print(f"{len(plan)} records: {len(plan.runs)} runs, {len(plan.downstream)} measurements of encoders, {len(plan.controlled)} controlled runs; they took {_hours(plan.seconds())} one after the other on {', '.join(sorted({r.provenance['device_name'] for r in plan.runs + plan.downstream + plan.controlled})) or 'nothing'}", flush=True)
         for f in dict.fromkeys(plan.files):
-            print(f'not made again: data/{f}, times and errors that nbs/4_speed.ipynb and nbs/4_speed_training.ipynb measure')
+            print(f'not made again: data/{f}, times and errors that nbs/run_speed.ipynb and tests/harness/speed_harness.py measure')
         if given.plan:
             return 0
         if not given.home:
