@@ -11,7 +11,7 @@ __all__ = ['SIZES', 'FAULTS', 'GENERATED', 'MARKS', 'measured', 'middle', 'turns
 # %% ../../nbs/figures/89_benchmarks.ipynb #1d263647
 import re
 import numpy as np
-from .base import WIDTH, legend_above, listed, plotting, table
+from .base import legend_above, listed, panels, plotting, table
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #050110f1
 def measured(*records: dict, # of benchmarks
@@ -24,10 +24,8 @@ def measured(*records: dict, # of benchmarks
     out = [value('data', ', '), device, _counted(value('cores'), 'core'), _counted(value('threads'), 'thread')]
     versions = {k: v for p in found for k, v in p['versions'].items()}
     out += [f'{k} {versions[k]}' for k in versions if k in ('torch', 'torchvision', 'lightly', 'dit')]
-    if value('date'):
-        out.append(f"measured on {value('date', ' and ')}")
-    if value('git_commit'):
-        out.append('commit ' + ' and '.join(c[:7] for c in value('git_commit').split(' or ')))
+    commits = ' and '.join(c[:7] for c in value('git_commit').split(' or '))
+    out += [f"measured on {value('date', ' and ')}" if value('date') else '', f'commit {commits}' if commits else '']
     notes = sorted({p['note'] for p in found if 'note' in p})
     return '. '.join([', '.join(filter(None, out)), *notes]) + '.'
 
@@ -206,10 +204,10 @@ MARKS = ((0, 'o', '-'), (1, 's', (0, (4, 1))), (2, 'D', (0, (1, 1))), (3, '^', '
 def plot_calibration(record: dict, # pid_error
                     ):             # matplotlib Figure
     "Estimate by truth against the number of samples, mean and range over seeds; estimators side by side, none hidden."
-    plt, sns, pd = plotting()
+    _, sns, pd = plotting()
     data, colours = pd.DataFrame(record['rows']), sns.color_palette('colorblind')
     ways = data.estimator.unique()
-    fig, axes = plt.subplots(2, data.d.nunique(), figsize=(2*WIDTH, 4.0), sharex=True, sharey='row')
+    fig, axes = panels(2, data.d.nunique(), 4.0, sharex=True, sharey='row')
     for (top, bottom), (d, here) in zip(axes.T, data.groupby('d')):
         for ax, atom in ((top, 'redundancy'), (bottom, 'synergy')):
             for i, (way, (shade, mark, line)) in enumerate(zip(ways, MARKS)):
@@ -257,7 +255,7 @@ def plot_speed(views: dict,  # view_speed
                losses: dict, # loss_speed
               ):             # matplotlib Figure
     "Views, training steps and losses beside the others': median over turns as a bar, smallest to largest as a line."
-    fig, axes = plotting()[0].subplots(2, 2, figsize=(2*WIDTH, 4.0))
+    fig, axes = panels(2, 2, 4.0)
     rates = [(f'{side} ({policy})', [r['images_per_s'] for r in rs], side == 'pid_ssl')
              for policy, sides in views['rows'].items() for side, rs in sides.items()]
     _bars(axes[0, 0], rates, 'views: images a second')

@@ -13,7 +13,7 @@ import numpy as np
 from ..config import project_root
 from ..data.trifeature import TRUTH
 from ..experiments.controlled import ARMS
-from .base import WIDTH, interval, legend_above, listed, plotting, spread, table
+from .base import interval, legend_above, listed, panels, plotting, spread, table
 
 # %% ../../nbs/figures/83_controlled.ipynb #a1aad830
 CHANCE = {'R': 10, 'U': 10, 'S': 50}
@@ -137,13 +137,12 @@ def paired_table(records: list,            # of both arms
 def plot_trifeature(records: list, # of `controlled_benchmark`
                    ):              # matplotlib Figure
     "Accuracy of the three questions by arm and probe: every seed a mark, the mean a bar, chance dotted."
-    plt, sns, _ = plotting()
     data = measures(records)
     arms = [arm for arm, _ in in_order(data)][::-1]
-    blue, orange, green = sns.color_palette('colorblind')[:3]
+    blue, orange, green = plotting()[1].color_palette('colorblind')[:3]
     marks = {'fused': (green, 'D', 2.5, green, 0.27), 'linear': (blue, 'o', 3, blue, 0.),
              'mlp': (orange, 'o', 3, 'w', -0.27)}
-    fig, axes = plt.subplots(1, 3, figsize=(2*WIDTH, 0.8 + 0.32*len(arms)), sharey=True)
+    fig, axes = panels(1, 3, 0.8 + 0.32*len(arms), sharey=True)
     for ax, (q, chance) in zip(axes, CHANCE.items()):
         for probe, (colour, mark, size, face, shift) in marks.items():
             d = data[(data.question == q) & (data.probe == probe)]

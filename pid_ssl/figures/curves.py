@@ -9,8 +9,8 @@ __all__ = ['PAIRS', 'plot_beta', 'dotted', 'beta_table', 'ablation_table', 'pair
 # %% ../../nbs/figures/84_curves.ipynb #d5315083
 import itertools
 from ..config import ACCURACIES, LOSS_TABLE, METRICS
-from .base import (SHORT, WIDTH, half_width, interval, label_rows, legend_above, listed,
-                                  plot_differences, plot_means, plotting, table)
+from .base import (SHORT, half_width, interval, label_rows, legend_above, listed, panels,
+                                  plot_differences, plot_means, table)
 from .frames import frame, images_of, methods, one_setting_each, setting
 from .runs import accuracies, atoms
 
@@ -18,9 +18,8 @@ from .runs import accuracies, atoms
 def plot_beta(records: list, # of loss pid that differ in beta and seed, and optionally barlow's for comparison
              ):              # matplotlib Figure
     "Accuracy, and correlations after training, against beta: every seed a dot, the mean a line, Barlow Twins dotted."
-    plt, _, _ = plotting()
     data, others = (frame([r for r in records if r.config['loss'] == loss]) for loss in ('pid', 'barlow'))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(2*WIDTH, 2.4))
+    fig, (left, right) = panels(1, 2, 2.4)
     for i, key in enumerate(ACCURACIES):
         plot_means(left, data.beta, data[key], METRICS[key].label, f'C{i}')
         if len(others):
@@ -110,14 +109,13 @@ def headline_table(records: list, # as for `paired_rows`
 def plot_headline(records: list, # as for `paired_rows`
                  ):              # matplotlib Figure
     "A panel a comparison: each accuracy on each dataset, every seed a small dot, the mean with its 95 % interval."
-    plt, _, _ = plotting()
     found, names = paired_rows(records), [METRICS[k].label for k in ACCURACIES]
     pairs = [p for p in PAIRS if any(r['pair'] == p for r in found)]
     datasets, seeds = list(dict.fromkeys(r['dataset'] for r in found)), {}
     for r in found:
         seeds.setdefault(r['dataset'], set()).add(len(r['differences']))
-    size = 2*WIDTH, 0.9 + 0.16*len(names)*len(datasets)
-    fig, axes = plt.subplots(1, len(pairs), figsize=size, sharex=True, sharey=True, squeeze=False)
+    height = 0.9 + 0.16*len(names)*len(datasets)
+    fig, axes = panels(1, len(pairs), height, sharex=True, sharey=True, squeeze=False)
     for ax, pair in zip(axes[0], pairs):
         for r in [r for r in found if r['pair'] == pair]:
             i, d = datasets.index(r['dataset']), r['differences']

@@ -11,7 +11,7 @@ __all__ = ['METHODS', 'PUBLISHED', 'measured_by', 'asked', 'by_training', 'measu
 import csv, io, re
 import numpy as np
 from ..config import LOSS_TABLE, POLICIES_BY_DATASET, PRESETS, TASK_TABLE, metric_end
-from .base import SHORT, WIDTH, interval, label_rows, listed, plot_differences, plotting, spread, table
+from .base import SHORT, interval, label_rows, listed, panels, plot_differences, plotting, spread, table
 from .curves import PAIRS
 from .frames import unlike
 
@@ -136,12 +136,11 @@ def difference_table(records: list, # of `downstream`
 def plot_downstream(records: list, # of `downstream`, encoders trained on one dataset
                    ):              # matplotlib Figure
     "Difference from the untrained network in points: a small dot a seed, a large one the mean."
-    plt, _, _ = plotting()
     data = measures(records)
     wide = data.pivot_table(index=['measure', 'seed'], columns='method', values='value')
     there = [row for k, row in LOSS_TABLE.items() if k in wide]
     names = [m for m in data.measure.unique() if wide.loc[m, 'untrained'].notna().any()]
-    fig, ax = plt.subplots(figsize=(1.6*WIDTH, 0.7 + 0.34*len(names)))
+    fig, ax = panels(1, 1, 0.7 + 0.34*len(names), width=1.6)
     for i, row in enumerate(there):
         for j, name in enumerate(names):
             d = (wide.loc[name, row.name] - wide.loc[name, 'untrained']).dropna()
@@ -156,14 +155,10 @@ def downstream_caption(records: list, # of one figure
                       ) -> str:       # one or two sentences
     "What was pretrained, how many seeds, split and device, taken from the records."
     about = [r.provenance['encoder'] for r in records]
-    having = lambda key: {a[key] for a in about if a.get(key)}
-    text = 'Encoders pretrained on ' + listed(SHORT.get(d, d) for d in having('dataset'))
-    if epochs := listed(having('epochs'), ' or '):
-        text += f' for {epochs} epochs'
-    if sizes := ' or '.join(format(n, ',') for n in sorted(having('train_size'))):
-        text += f', {sizes} images'
-    if pixels := listed(having('image_size'), ' or '):
-        text += f' at {pixels} px'
+    text = 'Encoders pretrained on ' + listed(SHORT.get(a['dataset'], a['dataset']) for a in about if 'dataset' in a)
+    for key, words in (('epochs', ' for {} epochs'), ('train_size', ', {} images'), ('image_size', ' at {} px')):
+        numbers = ' or '.join(f'{n:,}' for n in sorted({a[key] for a in about if a.get(key)}))
+        text += words.format(numbers) if numbers else ''
     few = any(r.config['task'] == 'low_label' for r in records)
     chosen = "; the linear probe's C is chosen on all validation labels" if few else ''
     data, device = (listed(r.provenance[k] for r in records) for k in ('dataset_note', 'device_name'))

@@ -51,7 +51,7 @@ def read_manifest(folder: str | Path | None = None, # default the project's figu
     for name, entry in manifest.items():
         known = isinstance(entry, dict) and isinstance(entry.get('notebook'), str)
         hashes = entry.get('output_hashes') if known else None
-        if not isinstance(hashes, dict) or not all(plain(*pair) for pair in hashes.items()):
+        if not isinstance(hashes, dict) or not all(map(plain, hashes, hashes.values())):
             raise ValueError(f'{path}: entry {name!r} has no notebook or no output_hashes of plain file names; '
                              'accepted: entries as `add` writes them (delete the file to rebuild every figure)')
     return manifest

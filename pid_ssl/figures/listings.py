@@ -8,9 +8,9 @@ __all__ = ['GALLERY', 'HEAD', 'MEASURED', 'ARMS', 'figures_page', 'records_page'
 # %% ../../nbs/figures/81_listings.ipynb #855935c6
 import json, re
 from pathlib import Path
-from ..config import digest, project_root
+from ..config import PID_LOSSES, digest, from_dict, project_root
 from .base import listed, markdown_table, plotting, table
-from .frames import without_seed
+from .frames import value_of, without_seed
 from .gallery import Gallery, read_manifest
 from .markers import fill_markers, fill_notebook
 from ..records import load_records
@@ -22,16 +22,14 @@ def figures_page(manifest: dict, # of `figures/`
     topics = {}
     for name, entry in manifest.items():
         topics.setdefault(entry.get('topic') or 'Other', {})[name] = entry
-    contents = '\n'.join(f'- [{t}](#{_anchor(t)}): {_number(entries)}' for t, entries in topics.items())
+    anchors = {t: re.sub(r'[^\w -]', '', t.lower()).replace(' ', '-') for t in topics}
+    contents = '\n'.join(f'- [{t}](#{anchors[t]}): {_number(entries)}' for t, entries in topics.items())
     return '\n\n'.join([GALLERY, contents, *(_topic(t, entries) for t, entries in topics.items())]) + '\n'
 
 GALLERY = """# Figures and tables
 
 Written by `nbs/make_figures.ipynb` from the records in [`data`](../data/README.md). Pictures and tables lie here, other
 formats in [`files`](files); [`manifest.json`](manifest.json) names every record behind each of them."""
-
-def _anchor(title):
-    return re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-')
 
 def _number(entries):
     pictures = len([name for name, e in entries.items() if f'{name}.png' in e['output_hashes']])
@@ -69,11 +67,11 @@ def records_page(data: str | Path, # folder with runs, downstream, controlled
     "What was run, in three tables, and the other files of the folder."
     data, table = Path(data), plotting()[2].DataFrame
     read = lambda name: [json.loads(p.read_text()) for p in sorted((data/name).glob('*.json'))]
-    settings = [r.config | {'setting': digest(without_seed(r))} for r in load_records(data/'runs')]
+    settings = [r.config | {'form': _form(r), 'setting': digest(without_seed(r))} for r in load_records(data/'runs')]
     measured = [r['config'] | {'pretrained on': 'nothing'} | _encoder(r) for r in read('downstream')]
     files = [p for pattern in ('*.csv', '*.toml', 'benchmarks/*.json') for p in sorted(data.glob(pattern))]
     counted = lambda v: ', '.join(f'{k} ({n})' for k, n in v.value_counts(sort=False).sort_index().items())
-    parts = [HEAD, _index(table(settings), ['dataset', 'preset', 'eval_on', 'loss'], epochs=('epochs', listed),
+    parts = [HEAD, _index(table(settings), ['dataset', 'preset', 'eval_on', 'loss', 'form'], epochs=('epochs', listed),
                           settings=('setting', 'nunique'), seeds=('seed', listed), records=('seed', 'size')),
              MEASURED, _index(table(measured), ['pretrained on', 'task', 'dataset'], encoders=('encoder', counted)),
              ARMS, _index(table(r['config'] for r in read('controlled')), ['arm', 'pairing'], seeds=('seed', listed),
@@ -95,6 +93,9 @@ In [`downstream`](downstream), by `pid_ssl measure`; the number of records stand
 ARMS = """## The controlled benchmark
 
 In [`controlled`](controlled), by `pid_ssl controlled`."""
+
+def _form(record):
+    return value_of(from_dict(record.config), 'form') if record.config['loss'] in PID_LOSSES else ''
 
 def _encoder(record):
     about = record['provenance']['encoder']

@@ -9,7 +9,7 @@ __all__ = ['LEVELS', 'STRENGTHS', 'plot_plane', 'setting_means', 'spearman_inter
 # %% ../../nbs/figures/87_relations.ipynb #1405e0fb
 import numpy as np
 from ..config import ACCURACIES, LOSS_TABLE, METRICS, digest
-from .base import WIDTH, ink, legend_above, plotting, table
+from .base import ink, legend_above, listed, panels, plotting, table
 from .frames import by_loss, caption, frame, setting, traced, without_seed
 from ..pid import scalar_atoms
 
@@ -21,7 +21,6 @@ LEVELS = {'redundancy R': ((0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7), lambda v:
 def plot_plane(records: list, # of one dataset; one setting a loss
               ):              # matplotlib Figure
     "Contours of R and S over (a, c), and each loss's way through training, from open to filled: means over seeds."
-    plt, _, _ = plotting()
     paths = []
     for row in LOSS_TABLE.values():
         runs = np.array([traced(records, row.name, k) for k in 'ac'])
@@ -29,7 +28,7 @@ def plot_plane(records: list, # of one dataset; one setting a loss
             paths.append((row, runs.shape[1], runs.mean(1)))
     seen = np.concatenate([at for _, _, at in paths], 1)
     low, high = np.clip(seen.min(1) - 0.1, 0, 1), np.clip(seen.max(1) + 0.1, 0, 1)
-    fig, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 3.2), sharex=True, sharey=True)
+    fig, axes = panels(1, 2, 3.2, sharex=True, sharey=True)
     for ax, name in zip(axes, LEVELS):
         _contours(ax, name, low, high)
         for row, number, at in paths:
@@ -104,10 +103,9 @@ def families(means, # of `setting_means`
 def plot_relation(records: list, # of one dataset, preset and split
                  ):              # matplotlib Figure
     "Linear accuracy against R and S: a dot a run, a large mark a setting, a square of fewer epochs, a ring no default."
-    plt, _, _ = plotting()
     data, means = frame(records), setting_means(records)
     groups = [(LOSS_TABLE[loss], d, means[means.loss == loss]) for loss, d in data.groupby('loss', sort=False)]
-    fig, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 2.9), sharey=True)
+    fig, axes = panels(1, 2, 2.9, sharey=True)
     for ax, atom in zip(axes, ('redundancy', 'synergy')):
         _join_betas(ax, families(means)['beta curve'].sort_values('beta'), atom)
         for row, d, m in groups:
@@ -124,9 +122,9 @@ def plot_relation(records: list, # of one dataset, preset and split
         ax.annotate('\n'.join(lines), (0.98, 0.02), xycoords='axes fraction', ha='right', va='bottom', fontsize=6.5)
         ax.set(xlabel=f'{atom} (nats per coordinate)')
     axes[0].set_ylabel('linear accuracy (%)')
-    dot = dict(ls='', marker='o', ms=6, mew=0.6, mec='w')
-    shown = [plt.Line2D([], [], color=row.colour, label=row.title, **dot) for row, _, _ in groups]
-    fig.legend(handles=shown, frameon=False, loc='outside upper center', ncols=4, handlelength=1, columnspacing=1.5)
+    for row, _, _ in groups:  # for the legend alone
+        axes[0].plot([], [], 'o', ms=6, mew=0.6, mec='w', color=row.colour, label=row.title)
+    legend_above(fig, axes[:1], 4, handlelength=1, columnspacing=1.5)
     return fig
 
 def _join_betas(ax, curve, atom):
@@ -157,17 +155,14 @@ def relation_caption(records: list, # of one figure or table
     "The caption with what the settings are: which are in two families, and which losses count more than once."
     means = setting_means(records)
     _, losses, curve = families(means).values()
-    both = sorted({LOSS_TABLE[x].title for x in losses.loss[losses.index.isin(curve.index)]})
-    out = [f"The default of {' and '.join(both)} is in both families, the losses and the beta curve."] if both else []
-    for x, d in losses.groupby('loss'):
-        if len(d) > 1:
-            lengths = ' and '.join(map(str, sorted(d.epochs)))
-            out.append(f'{LOSS_TABLE[x].title} counts as {len(d)} settings ({lengths} epochs).')
+    both = listed((LOSS_TABLE[x].title for x in losses.loss[losses.index.isin(curve.index)]), ' and ')
+    several = {LOSS_TABLE[x].title: sorted(d.epochs) for x, d in losses.groupby('loss') if len(d) > 1}
     others = means.drop(losses.index.union(curve.index))
-    rest = [f'{LOSS_TABLE[m.loss].title} with {m.setting}' for m in others.itertuples()]
-    if rest:
-        out.append(f"In neither family: {'; '.join(rest)}.")
-    return ' '.join([*out, caption(records)])
+    rest = '; '.join(f'{LOSS_TABLE[m.loss].title} with {m.setting}' for m in others.itertuples())
+    out = [f'The default of {both} is in both families, the losses and the beta curve.' if both else '',
+           *(f"{title} counts as {len(lengths)} settings ({' and '.join(map(str, lengths))} epochs)."
+             for title, lengths in several.items()), f'In neither family: {rest}.' if rest else '', caption(records)]
+    return ' '.join(filter(None, out))
 
 def pid_table(records: list, # of one dataset, preset and split
              ):              # pandas DataFrame of text
@@ -184,13 +179,12 @@ STRENGTHS = {'cifar_weak': 'weak', 'cifar': 'default', 'cifar_strong': 'strong'}
 def plot_strength(records: list, # of one dataset, preset and split that differ in loss, policy and seed
                  ):              # matplotlib Figure
     "Accuracy, R and S against the strength of augmentation: a dot a seed, a line through means of common seeds."
-    plt, _, _ = plotting()
     data = frame(records)
     places = [p for p in STRENGTHS if p in set(data.policy)]
-    panels = {'linear_logreg': 'linear accuracy (%)', 'pid_coordinate_redundancy': 'R (nats per coordinate)',
+    labels = {'linear_logreg': 'linear accuracy (%)', 'pid_coordinate_redundancy': 'R (nats per coordinate)',
               'pid_coordinate_synergy': 'S (nats per coordinate)'}
-    fig, axes = plt.subplots(1, 3, figsize=(2*WIDTH, 2.4))
-    for ax, (key, label) in zip(axes, panels.items()):
+    fig, axes = panels(1, 3, 2.4)
+    for ax, (key, label) in zip(axes, labels.items()):
         for loss, d in data.groupby('loss', sort=False):
             row, x = LOSS_TABLE[loss], d.policy.map(places.index)
             ax.plot(x, d[key], 'o', ms=2.5, mew=0, alpha=0.6, color=row.colour)

@@ -8,7 +8,7 @@ __all__ = ['plot_run', 'run_table', 'plot_atoms', 'plot_accuracy', 'results_tabl
 # %% ../../nbs/figures/82_runs.ipynb #0ee5e03a
 import numpy as np
 from ..config import ACCURACIES, LOSS_TABLE, METRICS, main_metrics
-from .base import WIDTH, ink, listed, plotting, spread, table
+from .base import ink, listed, panels, plotting, spread, table
 from .frames import TRACE, frame, one_setting_each, traced
 from ..records import RunRecord
 
@@ -16,8 +16,8 @@ from ..records import RunRecord
 def plot_run(record: RunRecord, # its config and history
             ):                  # matplotlib Figure
     "Objective and its terms, and the PID of held-out views, over the epochs of a run."
-    plt, _, _ = plotting()
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(2.9*WIDTH, 2.3))
+    fig, axes = panels(1, 3, 2.3, width=2.9)
+    left, middle, right = axes
     h = record.history
     epochs = [row['epoch'] for row in h]
     left.plot(epochs, [row['loss'] for row in h], color='k')
@@ -33,7 +33,7 @@ def plot_run(record: RunRecord, # its config and history
         right.plot(epochs, [row[f'{TRACE}_{atom}'] for row in h], style, label=METRICS[f'pid_coordinate_{atom}'].title)
     right.set_ylabel('nats per coordinate')
     right.legend(frameon=False)
-    for ax in (left, middle, right):
+    for ax in axes:
         ax.set_xlabel('epoch')
         ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
@@ -53,9 +53,8 @@ def run_table(record: RunRecord, # finished
 def plot_atoms(records: list, # of one dataset
               ):              # matplotlib Figure
     "R and S of held-out views by loss, mean and range over seeds; raises `ValueError` for two settings of a loss."
-    plt, _, _ = plotting()
     one_setting_each(records, ('dataset', 'loss'))
-    fig, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 2.3), sharex=True)
+    fig, axes = panels(1, 2, 2.3, sharex=True)
     for ax, atom in zip(axes, ('redundancy', 'synergy')):
         ends, longest = [], max(len(r.history) for r in records)
         for row in LOSS_TABLE.values():
@@ -88,10 +87,9 @@ def _label_ends(ax, x, ends):
 def plot_accuracy(records: list, # of one dataset and preset
                  ):              # matplotlib Figure
     "Linear and kNN accuracy by loss: every seed a dot, the mean a bar; the untrained network and raw pixels as lines."
-    plt, _, _ = plotting()
     data = frame(records)
     groups = [(LOSS_TABLE[loss], d) for loss, d in data.groupby('loss', sort=False)]
-    fig, axes = plt.subplots(1, 3, figsize=(2*WIDTH, 2.1), sharey=True)
+    fig, axes = panels(1, 3, 2.1, sharey=True)
     for ax, key in zip(axes, ACCURACIES):
         for i, (row, d) in enumerate(groups):
             ax.plot([d[key].mean()]*2, [i - 0.3, i + 0.3], color=row.colour, lw=2)

@@ -8,7 +8,7 @@ __all__ = ['ATOMS', 'by_beta', 'plot_pair_beta', 'pair_beta_table', 'encoder_aud
 # %% ../../nbs/figures/85_two_views.ipynb #8a02bf34
 import numpy as np
 from ..config import LOSS_TABLE, METRICS, TASK_TABLE
-from .base import SHORT, WIDTH, plot_means, plotting, spread, table
+from .base import SHORT, panels, plot_means, plotting, spread, table
 from .curves import dotted
 from .downstream import METHODS, by_training, measured_by, measures, one_each
 
@@ -31,9 +31,8 @@ def by_beta(records: list, # of task two_view: encoders of pid that differ in be
 def plot_pair_beta(records: list, # as for `by_beta`
                   ):              # matplotlib Figure
     "Left: one view and the pair; right: the gain. Every encoder a dot, the mean a line; Barlow Twins dotted."
-    plt, _, _ = plotting()
     pid, barlow = by_beta(records)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(2*WIDTH, 2.3))
+    fig, (left, right) = panels(1, 2, 2.3)
     lines = [(left, 'linear, one view', 'one view', 'C0'), (left, 'linear, pair of views', 'pair', 'C2'),
              (right, 'linear, gain of the pair', 'linear', 'C0'), (right, 'MLP, gain of the pair', 'MLP', 'C1')]
     for ax, key, name, c in lines:
