@@ -93,8 +93,8 @@ def label_rows(ax,           # matplotlib Axes
 
 # %% ../../nbs/figures/81_base.ipynb #0ae86afc
 # datasets, where a table has no room
-SHORT = {'cifar10': 'CIFAR-10', 'imagenette-96': 'Imagenette', 'tiny-imagenet-32': 'Tiny-ImageNet', 'camvid-240': 'CamVid',
-         'bccd': 'BCCD'}
+SHORT = {'cifar10': 'CIFAR-10', 'imagenette-96': 'Imagenette', 'tiny-imagenet-32': 'Tiny-ImageNet',
+         'camvid-240': 'CamVid', 'bccd': 'BCCD'}
 
 def table(rows: list, # of dicts: column -> text
          ):           # pandas DataFrame
