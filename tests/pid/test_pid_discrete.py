@@ -92,9 +92,10 @@ def test_against_a_grid():
         grids = []
         for t in (0, 1):
             row, column, total = p[0, :, t].sum(), p[:, 0, t].sum(), p[..., t].sum()
-            x = torch.linspace(0, 1, 401, dtype=torch.float64) * (torch.minimum(row, column) - (row + column - total).clamp_min(0))
-            x = x + (row + column - total).clamp_min(0)
-            grids.append(torch.stack([x, row - x, column - x, total - row - column + x], -1).clamp_min(0).view(-1, 2, 2))
+            least = (row + column - total).clamp_min(0)
+            x = least + torch.linspace(0, 1, 401, dtype=torch.float64) * (torch.minimum(row, column) - least)
+            cells = torch.stack([x, row - x, column - x, total - row - column + x], -1)
+            grids.append(cells.clamp_min(0).view(-1, 2, 2))
         q = torch.stack(torch.broadcast_tensors(grids[0][:, None], grids[1][None]), -1)
         best = conditional_entropy(q).min()
         value = solve_broja(p.sum(1)[None], p.sum(0)[None]).value[0]
@@ -172,7 +173,8 @@ def hard_tables(kind, n1, n2, nt, count=6):
         p = torch.nn.functional.one_hot(t, nt) * (rand(count, n1, n2, 1) * on)
     elif kind == "copy":  # the second source is the first, but for next to nothing
         slip = rand(count, 1, 1, 1) ** 8
-        p = (torch.eye(n1, n2, dtype=torch.float64)[None, :, :, None] * (1 - slip) + slip / n2) * rand(count, n1, 1, nt) ** 8
+        same = torch.eye(n1, n2, dtype=torch.float64)[None, :, :, None]
+        p = (same * (1 - slip) + slip / n2) * rand(count, n1, 1, nt) ** 8
     return p / p.sum((1, 2, 3), keepdim=True)
 
 

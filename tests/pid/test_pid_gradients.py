@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from pid_ssl.pid import (InfoNCECritics, coordinate_correlations, gaussian_information, gaussian_mi, pid_discrete, pid_gaussian,
-                         pid_samples, sample_covariance, scalar_atoms, scalar_information)
+from pid_ssl.pid import (InfoNCECritics, coordinate_correlations, gaussian_information, gaussian_mi, pid_discrete,
+                         pid_gaussian, pid_samples, sample_covariance, scalar_atoms, scalar_information)
 
 
 def randn(*shape, seed=0):
@@ -22,7 +22,8 @@ def test_discrete(measure, shape):
 
 def test_broja_with_vanishing_cells():
     "Copies with a little noise: most cells of the minimiser are empty, the value is still smooth"
-    logits = (4 * torch.eye(3, dtype=torch.float64)[:, :, None] * torch.eye(3, dtype=torch.float64)[None]).requires_grad_()
+    eye = torch.eye(3, dtype=torch.float64)
+    logits = (4 * eye[:, :, None] * eye[None]).requires_grad_()
     jitter = randn(3, 3, 3, seed=5).detach()
     def atoms(x):
         return pid_discrete((x + jitter).flatten().softmax(0).view(3, 3, 3), tol=1e-12).atoms
@@ -48,7 +49,8 @@ def test_gaussian(measure):
 
 def test_gaussian_broja_with_equal_eigenvalues():
     "Target coordinates that are alike: eigenvalues coincide, the sum over them stays differentiable"
-    cov = torch.kron(torch.tensor([[2.0, 0.5, 1], [0.5, 1.5, 0.7], [1, 0.7, 1]], dtype=torch.float64), torch.eye(3, dtype=torch.float64))
+    one = torch.tensor([[2.0, 0.5, 1], [0.5, 1.5, 0.7], [1, 0.7, 1]], dtype=torch.float64)
+    cov = torch.kron(one, torch.eye(3, dtype=torch.float64))
     def atoms(direction):
         return pid_gaussian(cov + 0.1 * (direction + direction.mT), (3, 3, 3), "broja").atoms
     assert gradcheck(atoms, torch.zeros(9, 9, dtype=torch.float64, requires_grad=True), atol=1e-6)
@@ -73,7 +75,8 @@ def test_correlations_and_covariances():
 
 @pytest.mark.parametrize("options", [
     dict(estimator="coordinate"), dict(estimator="coordinate", reduce="mean", eps=1e-2),
-    dict(estimator="gaussian"), dict(estimator="gaussian", measure="broja"), dict(estimator="gaussian", bias_correct=True),
+    dict(estimator="gaussian"), dict(estimator="gaussian", measure="broja"),
+    dict(estimator="gaussian", bias_correct=True),
     dict(estimator="gaussian", shrinkage="ledoit_wolf"), dict(estimator="gaussian", shrinkage="oas", measure="broja"),
 ], ids=str)
 def test_samples(options):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pid_ssl.pid import gaussian_information, gaussian_mi_bias, pid_discrete, pid_gaussian, scalar_atoms, scalar_information
+from pid_ssl.pid import (gaussian_information, gaussian_mi_bias, pid_discrete, pid_gaussian, scalar_atoms,
+                         scalar_information)
 
 REFERENCE = json.loads((Path(__file__).parent / "pid_reference.json").read_text())
 TOLERANCE = {"wb": 1e-9, "mmi": 1e-9, "broja": 1e-6}
@@ -58,7 +59,8 @@ def test_exchangeable_scalars(row):
 def test_co_information(row):
     "T = Z1 + Z2 + noise, with corr(Z1, Z2) = rho: S - R is published"
     rho, noise = row["rho"], row["sigma_y"] ** 2
-    cov = torch.tensor([[1, rho, 1 + rho], [rho, 1, 1 + rho], [1 + rho, 1 + rho, 2 + 2 * rho + noise]], dtype=torch.float64)
+    rows = [[1, rho, 1 + rho], [rho, 1, 1 + rho], [1 + rho, 1 + rho, 2 + 2 * rho + noise]]
+    cov = torch.tensor(rows, dtype=torch.float64)
     pid = pid_gaussian(cov, (1, 1, 1))
     assert abs(pid.redundancy - row["R_nats"]) <= 1e-9 and abs(pid.synergy - row["S_nats"]) <= 1e-9
     i1, i2, i12 = gaussian_information(cov, (1, 1, 1))

@@ -2,6 +2,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,8 +51,8 @@ def test_critics_find_no_synergy_where_there_is_none():
 
 
 @pytest.mark.parametrize("estimator,options,tolerance", [
-    ("coordinate", {}, 0.03), ("gaussian", {}, 0.03), ("gaussian", {"measure": "broja"}, 0.06), ("gaussian", {"bias_correct": True}, 0.03),
-    ("gaussian", {"shrinkage": "ledoit_wolf"}, 0.03)])
+    ("coordinate", {}, 0.03), ("gaussian", {}, 0.03), ("gaussian", {"measure": "broja"}, 0.06),
+    ("gaussian", {"bias_correct": True}, 0.03), ("gaussian", {"shrinkage": "ledoit_wolf"}, 0.03)])
 def test_known_gaussian(estimator, options, tolerance):
     i1, _, i12 = known_informations(3, 0.6)
     pid = pid_samples(*known_views(20_000, 3, 0.6), estimator, **options)
@@ -129,6 +130,25 @@ def test_extrapolation_needs_two_samples_a_half():
     assert pid_codes(code, code, code, permutations=0, extrapolate=False).redundancy > 0.6
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.asarray, list])
+def test_one_rule_for_labels_whatever_holds_them(kind):
+    "Sixteen classes of which each source shows two bits: nothing is clustered again, nothing is capped at eight codes"
+    code = np.random.default_rng(0).integers(0, 4, (2, 4000))
+    label = 4 * code[0] + code[1]
+    pid = pid_samples(*map(kind, (*code, label)), "quantised", base=2, permutations=2)
+    assert abs(pid.unique1 - 2) < 0.01 and abs(pid.unique2 - 2) < 0.01 and abs(pid.joint - 4) < 0.01
+    for estimator in ("gaussian", "coordinate"):
+        with pytest.raises(ValueError, match="z1 holds labels"):
+            pid_samples(*map(kind, (*code, label)), estimator)
+
+
+def test_the_gap_covers_halves_and_shuffles():
+    z = known_views(300, 1, 0.6)
+    plain, null = (pid_samples(*z, "quantised", codes=3, permutations=p).gap for p in (0, 4))
+    whole = pid_samples(*z, "quantised", codes=3, permutations=0, extrapolate=False).gap
+    assert 2 * whole <= plain < null < 1e-7
+
+
 def test_labels_are_taken_as_they_are():
     g = generator()
     z1, z2 = torch.randn(3000, 1, generator=g), torch.randn(3000, 1, generator=g)
@@ -151,7 +171,8 @@ def test_interval_covers(method):
     truth = known_informations(2, 0.6)[2]
     hits = 0
     for seed in range(40):
-        pid = pid_samples(*known_views(400, 2, 0.6, seed), "gaussian", bias_correct=True, interval=method, level=0.9, replicates=30, seed=seed)
+        options = dict(interval=method, level=0.9, replicates=30, seed=seed)
+        pid = pid_samples(*known_views(400, 2, 0.6, seed), "gaussian", bias_correct=True, **options)
         low, high = pid.interval["joint"]
         assert low < pid.joint < high
         hits += bool(low < truth < high)
@@ -159,7 +180,8 @@ def test_interval_covers(method):
     assert set(pid.interval) == set(NAMES)
 
 
-@pytest.mark.parametrize("estimator,options", [("coordinate", {}), ("quantised", {"codes": 3, "permutations": 2}), ("infonce", {"steps": 20})])
+@pytest.mark.parametrize("estimator,options", [
+    ("coordinate", {}), ("quantised", {"codes": 3, "permutations": 2}), ("infonce", {"steps": 20})])
 def test_every_estimator_has_an_interval(estimator, options):
     pid = pid_samples(*known_views(300, 1, 0.6), estimator, interval="jackknife", replicates=5, **options)
     assert pid.interval["synergy"][0] < pid.synergy < pid.interval["synergy"][1]
@@ -167,7 +189,9 @@ def test_every_estimator_has_an_interval(estimator, options):
 
 def test_interval_level_widens():
     x = torch.randn(100, generator=generator())
-    widths = [(lambda low, high: high - low)(*confidence_interval(lambda i: x[i].mean().expand(7), 100, "jackknife", level)["i1"]) for level in (0.5, 0.9, 0.99)]
+    read = lambda i: x[i].mean().expand(7)
+    intervals = [confidence_interval(read, 100, "jackknife", level)["i1"] for level in (0.5, 0.9, 0.99)]
+    widths = [high - low for low, high in intervals]
     assert widths == sorted(widths)
 
 
