@@ -49,7 +49,7 @@ def smallest_type(fig: object, # matplotlib Figure
     return min(t.get_fontsize() for t in fig.findobj(Text) if t.get_text() and t.get_visible())
 
 # %% ../../nbs/figures/81_base.ipynb #91c8d7c9
-def legend_above(fig,            # matplotlib Figure
+def legend_above(fig: object,    # matplotlib Figure
                  axes: list,     # whose labels are shown, each once
                  ncols: int = 0, # 0: all in one line
                  **style,        # of `Figure.legend`
@@ -59,7 +59,7 @@ def legend_above(fig,            # matplotlib Figure
     style = dict(frameon=False, loc='outside upper center', ncols=ncols or len(shown)) | style
     fig.legend(shown.values(), shown, **style)
 
-def plot_means(ax,                # matplotlib Axes
+def plot_means(ax: object,        # matplotlib Axes
                x: object,         # pandas Series: where each run stands
                y: object,         # the same: its value
                text: str,         # name of the line, at its end
@@ -76,7 +76,7 @@ def plot_means(ax,                # matplotlib Axes
     end, at = means.iloc[-1], means.index[-1]
     ax.annotate(text, (at, end), (at + gap, end), color=colour, fontsize=7, va='center', annotation_clip=False)
 
-def plot_differences(ax,               # matplotlib Axes
+def plot_differences(ax: object,       # matplotlib Axes
                      d: object,        # pandas Series: a difference a seed
                      y: float,         # place of the row
                      label: str,       # for the legend
@@ -90,7 +90,7 @@ def plot_differences(ax,               # matplotlib Axes
     if len(d):
         ax.plot(d.mean(), y, 'o', ms=4, color=colour, mew=0, label=label)
 
-def label_rows(ax,           # matplotlib Axes
+def label_rows(ax: object,   # matplotlib Axes
                names: list,  # from the top
                **settings,   # of the axes
               ) -> None:

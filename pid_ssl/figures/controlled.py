@@ -68,8 +68,8 @@ def published_trifeature() -> dict: # method -> {R, U, S} in percent, its networ
     return out
 
 # %% ../../nbs/figures/83_controlled.ipynb #2d7c32f2
-def in_order(data, # of `measures`
-            ) -> list: # of (arm, its rows)
+def in_order(data: object, # of `measures`
+            ) -> list:     # of (arm, its rows)
     "Arms in the order of `TITLES`."
     return sorted(data.groupby('arm'), key=lambda group: list(TITLES).index(group[0]))
 

@@ -34,7 +34,7 @@ def plot_beta(records: list, # of loss pid that differ in beta and seed, and opt
     right.set(xlabel='beta', ylabel='correlation, held-out views')
     return fig
 
-def dotted(ax, # matplotlib Axes
+def dotted(ax: object, # matplotlib Axes
           ) -> None:
     "Say above a panel what the dotted lines are."
     ax.annotate('dotted: Barlow Twins', (0.0, 1.03), xycoords='axes fraction', fontsize=6.5, color='0.35')

@@ -129,7 +129,7 @@ def _knob(name, configs):
     found = f'{texts[0]} to {texts[-1]}' if isinstance(values[0], float) else ' or '.join(texts)
     return f'{name} = {found} (default {_text(default)})'
 
-def images_of(data, # rows of `frame`
+def images_of(data: object, # rows of `frame`
              ) -> str:
     "How many training images of what size."
     size = data.train_size.iloc[0]

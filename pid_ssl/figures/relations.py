@@ -91,8 +91,8 @@ def spearman_interval(x: np.ndarray,      # one number a setting
         rho = (rx*ry).sum(1)/np.sqrt((rx**2).sum(1)*(ry**2).sum(1))  # nan where one setting was drawn throughout
     return float(rho[0]), *map(float, np.nanpercentile(rho[1:], (2.5, 97.5)))
 
-def families(means, # of `setting_means`
-            ) -> dict: # name -> some of its rows
+def families(means: object, # of `setting_means`
+            ) -> dict:      # name -> some of its rows
     "All settings, the defaults of the losses, and the betas of one length, that of most settings."
     curve = means[(means.loss == 'pid') & means.setting.str.fullmatch(r'default|beta = [^,]+')]
     if len(curve):

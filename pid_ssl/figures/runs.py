@@ -120,15 +120,15 @@ def results_table(records: list, # of one dataset and preset
         rows.append({'method': 'raw pixels', **accuracies(data[:1], 'raw_')})
     return table(rows)
 
-def accuracies(data,            # rows of `frame` that are averaged
+def accuracies(data: object,    # rows of `frame` that are averaged
                prefix: str = '',# control_ or raw_
               ) -> dict:        # label -> mean ± standard deviation
     "The accuracies of some runs, as a table has them."
     return {METRICS[k].label: spread(data[f'{prefix}{k}']) for k in ACCURACIES}
 
-def atoms(data, # rows of `frame` that are averaged
-          names: tuple = ('redundancy', 'synergy'),
-         ) -> dict: # label -> mean
+def atoms(data: object, # rows of `frame` that are averaged
+          names: tuple = ('redundancy', 'synergy'), # ends of `pid_coordinate_...`
+         ) -> dict:     # label -> mean
     "Means of what the PID of held-out views has, as a table has them."
     keys = [f'pid_coordinate_{k}' for k in names]
     return {METRICS[k].label: f'{data[k].mean():.3f}' for k in keys}
