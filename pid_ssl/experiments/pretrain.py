@@ -10,7 +10,7 @@ import contextlib, dataclasses, math, os, sys, time, warnings
 from collections.abc import Callable
 import torch
 from tqdm import tqdm
-from ..config import Config, ConfigError, read_args, resolve, unread
+from ..config import Config, ConfigError, read_args, resolve, step_images, unread
 from ..data import Dataset, ViewMaker, load_dataset
 from ..evaluate import calibrate_batchnorm, evaluate_encoder, pid_audit, raw_pixels
 from ..records import (PRETRAINING, CheckpointError, RunLocked, RunRecord, StopSignals, StorageError,
@@ -183,7 +183,7 @@ def _train(run, watch):
 def _finish(run, trained):
     "Record and weights; the weights first: a record promises that they are there."
     state, data = run.state, run.dataset
-    speed = round((state.step - run.made)*run.config.batch_size/run.seconds, 1) if run.seconds else None
+    speed = round((state.step - run.made)*step_images(run.config)/run.seconds, 1) if run.seconds else None
     run.record.provenance |= dict(
         processes=run.group.size, dataset_note=data.note, images={s: len(x) for s, x in data.images.items()},
         train_seconds=round(trained, 2), images_per_second=speed, image_passes=state.image_passes(),
