@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..config import ConfigError, _check, _f, digest, read_args
+from ..config import ConfigError, check as _check, setting as _f, digest, read_args
 from ..data.trifeature import Trifeature
 from ..data.views import Policy, ViewMaker
 from ..evaluate import calibrate_batchnorm, linear_probe, mlp_probe

@@ -12,7 +12,7 @@ import dataclasses, importlib.util, sys, time, warnings
 from dataclasses import dataclass
 import torch
 from torch import nn
-from ..config import POLICIES_BY_DATASET, ConfigError, _check, _f, digest, read_args
+from ..config import POLICIES_BY_DATASET, ConfigError, check as _check, setting as _f, digest, read_args
 from ..data import POLICIES, DataError, Dataset, Policy, ViewMaker, load_dataset
 from ..data.dense import load_detection, load_segmentation
 from ..evaluate import calibrate_batchnorm, evaluate_encoder
