@@ -43,7 +43,7 @@ _resolved = functools.lru_cache(resolve)  # many measurements are of few encoder
 class Planned:
     "A record that a recipe asks for: a pretraining run."
     config: Config # of the kind that `kind` names
-    kind = PRETRAINING
+    kind, verb = PRETRAINING, 'pretrain' # of `pid_ssl`
 
     def settled(self,
                 images: int = 0, # training images of what is measured, where they are known
@@ -61,15 +61,24 @@ class Planned:
         "All settings."
         return dict(vars(self.config))
 
+    def at(self,
+           encoder: 'Planned' = None, # run that is measured
+           **machine,                 # fields such as home, device, threads, where the config has them
+          ) -> 'Planned':
+        "The same elsewhere."
+        machine = {k: v for k, v in {'device': self.device, **machine}.items() if hasattr(self.config, k)}
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **machine))
+
     def key(self,
             images: int = 0, # training images of what is measured, where they are known
            ) -> str:
         "A hash, the same for two that would leave one record."
         return digest([self.kind.name, self.settled(images), self.device])
 
+# %% ../../nbs/experiments/77_recipe.ipynb #58f87136
 class PlannedArm(Planned):
     "A run of the controlled benchmark."
-    kind = CONTROLLED
+    kind, verb = CONTROLLED, 'controlled'
 
     def settled(self, images=0):
         return controlled_id(self.config)
@@ -78,7 +87,7 @@ class PlannedArm(Planned):
 class Measurement(Planned):
     "A measurement of the encoder of a pretraining run."
     encoder: Config # of that run
-    kind = DOWNSTREAM
+    kind, verb = DOWNSTREAM, 'measure'
 
     def settled(self, images=0):
         run, weights = _resolved(self.encoder, self.device), self.config.weights
@@ -86,10 +95,14 @@ class Measurement(Planned):
         encoder = dict(pretrained=identity(run), untrained={k: getattr(run, k) for k in control}, pixels={})[weights]
         return [measured_fields(resolve_downstream(self.config, vars(run), images)), weights, encoder]
 
+    def at(self, encoder=None, **machine):
+        encoder = encoder or Planned(self.encoder).at(**{k: v for k, v in machine.items() if k != 'device'})
+        return dataclasses.replace(super().at(**machine), encoder=encoder.config)
+
     def fields(self):
         return vars(self.config) | {f'encoder_{k}': v for k, v in vars(self.encoder).items()}
 
-# %% ../../nbs/experiments/77_recipe.ipynb #7c3f284b
+# %% ../../nbs/experiments/77_recipe.ipynb #5cb1ff56
 KINDS = {'pretraining': Planned, 'downstream': Measurement, 'controlled': PlannedArm}
 
 def plan(recipe: dict | str | Path, # or its name
@@ -138,7 +151,7 @@ def _some(encoders, wanted):
         raise ConfigError('encoders', wanted, 'in a block fields and values that some of the encoders have')
     return some
 
-# %% ../../nbs/experiments/77_recipe.ipynb #8934313d
+# %% ../../nbs/experiments/77_recipe.ipynb #2ce87b9f
 def planned_again(record: RunRecord, # of any kind
                   runs: dict,        # run id -> `RunRecord` of pretraining
                  ) -> Planned:
@@ -178,7 +191,7 @@ def every_record(data: str | Path | None = None, # folder with runs, downstream,
     data = Path(data or project_root()/'data')
     return [r for kind in KINDS.values() for r in kind.kind.load(data/kind.kind.name)]
 
-# %% ../../nbs/experiments/77_recipe.ipynb #fb575a99
+# %% ../../nbs/experiments/77_recipe.ipynb #10ac652c
 def labels(planned: list, # of `Planned`
           ) -> list:      # of str
     "A name for each: the fields in which they differ."
