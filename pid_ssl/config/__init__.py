@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['ACCURACIES', 'EXIT_STATUS', 'KNOBS', 'LOSS_NAMES', 'LOSS_TABLE', 'METRICS', 'PID_LOSSES', 'POLICIES_BY_DATASET',
-           'PRESETS', 'TASK_TABLE', 'TEACHER_LOSSES', 'By', 'Checked', 'Config', 'ConfigError', 'Exit', 'Knob', 'Loss',
-           'Metric', 'Task', 'accepted', 'as_arguments', 'check', 'check_knob', 'digest', 'exit_meaning', 'exit_status',
-           'from_dict', 'grouped', 'guarded', 'identity', 'kind_of', 'losses_with', 'main_metrics', 'metric_end',
-           'parameter_table', 'parameters_cell', 'preset_values', 'project_root', 'read_args', 'reads', 'resolve',
-           'setting', 'source_hash', 'tasks_of', 'tasks_that_read', 'told', 'unknown', 'unread']
+           'PRESETS', 'TASK_TABLE', 'TEACHER_LOSSES', 'By', 'Checked', 'Config', 'ConfigError', 'Exit', 'Loss',
+           'Metric', 'Task', 'accepted', 'as_arguments', 'by_hand', 'check', 'check_knob', 'digest', 'exit_meaning',
+           'exit_status', 'from_dict', 'grouped', 'guarded', 'identity', 'kind_of', 'knob', 'losses_with',
+           'main_metrics', 'metric_end', 'parameter_table', 'parameters_cell', 'preset_values', 'project_root',
+           'read_args', 'reads', 'resolve', 'setting', 'source_hash', 'tasks_of', 'tasks_that_read', 'told', 'unknown',
+           'unread']
 
 # %% ../../nbs/config/00_config.ipynb #be2d525b
 from .errors import EXIT_STATUS, ConfigError, Exit, exit_meaning, exit_status, guarded, unknown
 from .fields import Checked, accepted, check, grouped, kind_of, setting
-from .outside import as_arguments, from_dict, parameter_table, parameters_cell, read_args, told
+from .outside import (as_arguments, from_dict, loss_table, parameter_table, parameters_cell, read_args,
+                                    told)
 from .project import digest, project_root, source_hash
 from .run import POLICIES_BY_DATASET, PRESETS, Config, identity, preset_values, reads, resolve, unread
 from .tables import (ACCURACIES, KNOBS, LOSS_NAMES, LOSS_TABLE, METRICS, PID_LOSSES, TASK_TABLE,
-                                   TEACHER_LOSSES, By, Knob, Loss, Metric, Task, check_knob, losses_with, main_metrics,
-                                   metric_end, tasks_of, tasks_that_read)
+                                   TEACHER_LOSSES, By, Loss, Metric, Task, by_hand, check_knob, knob, losses_with,
+                                   main_metrics, metric_end, tasks_of, tasks_that_read)
 
-_all_ = ['ACCURACIES', 'EXIT_STATUS', 'KNOBS', 'LOSS_NAMES', 'LOSS_TABLE', 'METRICS', 'PID_LOSSES', 'POLICIES_BY_DATASET',
-         'PRESETS', 'TASK_TABLE', 'TEACHER_LOSSES', 'By', 'Checked', 'Config', 'ConfigError', 'Exit', 'Knob', 'Loss',
-         'Metric', 'Task', 'accepted', 'as_arguments', 'check', 'check_knob', 'digest', 'exit_meaning', 'exit_status',
-         'from_dict', 'grouped', 'guarded', 'identity', 'kind_of', 'losses_with', 'main_metrics', 'metric_end',
+_all_ = ['ACCURACIES', 'EXIT_STATUS', 'KNOBS', 'LOSS_NAMES', 'LOSS_TABLE', 'METRICS', 'PID_LOSSES',
+         'POLICIES_BY_DATASET', 'PRESETS', 'TASK_TABLE', 'TEACHER_LOSSES', 'By', 'Checked', 'Config', 'ConfigError',
+         'Exit', 'Loss', 'Metric', 'Task', 'accepted', 'as_arguments', 'by_hand', 'check',
+         'check_knob', 'digest', 'exit_meaning', 'exit_status',
+         'from_dict', 'grouped', 'guarded', 'identity', 'kind_of', 'knob', 'losses_with', 'main_metrics', 'metric_end',
          'parameter_table', 'parameters_cell', 'preset_values', 'project_root', 'read_args', 'reads', 'resolve',
          'setting', 'source_hash', 'tasks_of', 'tasks_that_read', 'told', 'unknown', 'unread']

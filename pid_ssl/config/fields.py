@@ -7,7 +7,7 @@ __all__ = ['setting', 'Checked', 'kind_of', 'accepted', 'check', 'grouped']
 
 # %% ../../nbs/config/03_fields.ipynb #dd4a0747
 import dataclasses, math, re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from .errors import ConfigError
 
 # %% ../../nbs/config/03_fields.ipynb #d9203805
@@ -19,15 +19,17 @@ def setting(default: object,                # None leaves the value to a preset,
             readers: tuple | None = None,   # the losses, tasks or arms that read it; None: all
             changes_result: bool = True,    # False for what belongs to the machine
             pattern: str | None = None,     # regular expression that text has to match
-            absent: object = None,          # what a run did before the field existed: left out of run ids, as the default is
+            absent: object = None,          # what runs did before the field existed: left out of ids, as the default is
             needs: dict | None = None,      # values of other fields without which it is not read
             group: str = '',                # heading above it, kept until the next one
             losses: tuple | None = None,    # readers, by its old name
-           ) -> object:                     # of a dataclass
+            **more,                         # whatever else a table keeps beside it
+           ) -> dataclasses.Field:
     "A field of a config."
     readers = readers or losses
-    return field(default=default, metadata=dict(help=help, lo=lo, hi=hi, choices=choices, readers=readers, losses=readers, changes_result=changes_result,
-                                                pattern=pattern, absent=absent, needs=needs or {}, group=group))
+    about = dict(help=help, lo=lo, hi=hi, choices=choices, readers=readers, losses=readers, pattern=pattern,
+                 changes_result=changes_result, absent=absent, needs=needs or {}, group=group)
+    return dataclasses.field(default=default, metadata=about | more)
 
 @dataclass(frozen=True)
 class Checked:

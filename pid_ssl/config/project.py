@@ -24,7 +24,7 @@ def project_root(start: str | Path | None = None, # folder to start from; defaul
 def digest(value: object,     # anything JSON can hold
            length: int = 16,  # hexadecimal digits kept
           ) -> str:           # the first `length` digits of a SHA-256
-    "Hash of a JSON value: equal values give equal digests whatever the order of their keys. Raises `ValueError` on NaN."
+    "Hash of a JSON value: equal values have equal digests whatever the order of keys. Raises `ValueError` on NaN."
     text = json.dumps(value, sort_keys=True, separators=(',', ':'), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
@@ -34,4 +34,5 @@ def source_hash(package: str | Path | None = None, # folder of the package; defa
     "Hash of the package's own source: a record made by other code is recognised by it."
     here = Path(__file__).parents[1] if '__file__' in globals() else project_root()/'pid_ssl'
     top = Path(package or here)
-    return digest({p.relative_to(top).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(top.rglob('*.py'))})
+    hashes = {p.relative_to(top).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in top.rglob('*.py')}
+    return digest(hashes)

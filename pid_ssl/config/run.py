@@ -18,8 +18,8 @@ class _Run(Checked):
     loss: str = setting('pid', 'objective', choices=LOSS_NAMES, group='What one changes first')
     dataset: str = setting('digits', 'digits, cifar10, cifar100, stl10, tiny_imagenet, imagenette, svhn, gtsrb, '
                            'or the name of a Parquet or image folder', pattern=r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}')
-    preset: str = setting('auto', 'sizes and lengths that fit a machine; auto: digits for digits, else gpu with CUDA and '
-                          'cpu without', choices=('auto', *By._fields))
+    preset: str = setting('auto', 'sizes and lengths that fit a machine; auto: digits for digits, else gpu with CUDA '
+                          'and cpu without', choices=('auto', *By._fields))
     epochs: int = setting(None, 'passes over the training images', lo=1, hi=100_000)
     seed: int = setting(0, 'seed of weights, order and views', lo=0, hi=2**31 - 1)
     train_size: int = setting(None, 'training images, class-balanced; 0: all of them', lo=0, group='Data')
@@ -27,7 +27,8 @@ class _Run(Checked):
     batch_size: int = setting(None, 'images a step (two to four views of each)', lo=4, hi=65_536)
     policy: str = setting('auto', "augmentation policy of both views; auto: the dataset's",
                           choices=('auto', 'digits', 'cifar', 'cifar_weak', 'cifar_strong', 'simclr', 'byol', 'none'))
-    eval_on: str = setting('test', 'split the final numbers are measured on; choose settings on val', choices=('test', 'val'))
+    eval_on: str = setting('test', 'split the final numbers are measured on; choose settings on val',
+                           choices=('test', 'val'))
     encoder: str = setting(None, 'backbone', choices=('small', 'resnet18', 'resnet50'), group='Model')
     width: int = setting(None, "channels of the small encoder's first stage", lo=4, hi=512)
     projector_hidden: int = setting(None, "width of the projector's hidden layers", lo=2, hi=65_536)
@@ -44,14 +45,16 @@ class _Run(Checked):
 class _Machine(Checked):
     device: str = setting('auto', 'auto takes CUDA when there is one', choices=('auto', 'cpu', 'cuda', 'mps'),
                           changes_result=False, group='Machine: none of these changes the result')
-    threads: int = setting(None, 'CPU threads; default $OMP_NUM_THREADS, else all cores but one, up to 8', lo=1, hi=1024,
-                           changes_result=False)
+    threads: int = setting(None, 'CPU threads; default $OMP_NUM_THREADS, else all cores but one, up to 8', lo=1,
+                           hi=1024, changes_result=False)
     data_dir: str = setting(None, 'folder of datasets; default $PID_SSL_DATA, then data/datasets', changes_result=False)
-    data_memory: int = setting(None, 'MB of decoded images kept in memory, else they are mapped from files in data/cache; '
-                               'default half of the free memory; 0 maps all', lo=0, hi=1 << 24, changes_result=False)
+    data_memory: int = setting(None, 'MB of decoded images kept in memory, else they are mapped from files in '
+                               'data/cache; default half of the free memory; 0 maps all', lo=0, hi=1 << 24,
+                               changes_result=False)
     home: str = setting(None, 'folder that gets data/runs, data/checkpoints and data/cache; default the project root',
                         changes_result=False)
-    compiled: bool = setting(False, 'compile the network with torch.compile; falls back with a warning', changes_result=False)
+    compiled: bool = setting(False, 'compile the network with torch.compile; falls back with a warning',
+                             changes_result=False)
     images_on: str = setting('auto', 'where the training images lie: on the device, or on the host with a batch made '
                              "ahead; auto: host when they need more than half of a GPU's free memory",
                              choices=('auto', 'device', 'host'), changes_result=False)
@@ -60,8 +63,10 @@ class _Machine(Checked):
     download: bool = setting(False, 'let torchvision download a dataset that is not there', changes_result=False)
     force: bool = setting(False, 'run again although a finished record exists', changes_result=False)
 
-_Knobs = make_dataclass('_Knobs', [(k.name, k.kind, k.setting(k.default, losses_with(k.name))) for k in KNOBS.values()],
-                        bases=(Checked,), frozen=True)
+def _field(knob):
+    return knob.name, knob.type, setting(knob.default, **{**knob.metadata, 'readers': losses_with(knob.name)})
+
+_Knobs = make_dataclass('_Knobs', map(_field, KNOBS.values()), bases=(Checked,), frozen=True)
 
 @dataclass(frozen=True)
 class Config(_Machine, _Knobs, _Run):  # dataclasses take the fields of the last base first
@@ -90,9 +95,9 @@ def preset_values(preset: str,    # digits, cpu or gpu
                   loss: str = '', # none: what all losses share
                  ) -> dict:       # field -> value
     "The values that a preset gives to the fields left open."
-    knobs = {k.name: By.at(k.presets, preset) for k in KNOBS.values() if k.presets is not None}
+    knobs = {name: k.metadata['presets'] for name, k in KNOBS.items() if k.metadata['presets'] is not None}
     own = LOSS_TABLE[loss].presets if loss else {}
-    return {**_COMMON, **_SIZES[preset], **knobs, **{k: By.at(v, preset) for k, v in own.items()}}
+    return {**_COMMON, **_SIZES[preset], **{k: By.at(v, preset) for k, v in {**knobs, **own}.items()}}
 
 PRESETS = {preset: preset_values(preset) for preset in By._fields}
 # a mirrored digit or sign is another one; everything else: cifar
@@ -135,7 +140,7 @@ def _disagreements(c):
 # %% ../../nbs/config/05_run.ipynb #7fc9baf2
 def identity(config: Config, # resolved
             ) -> dict:       # the part that the run id is made from
-    "The fields that change the result, less those at their dataclass default or at what runs did before the field existed."
+    "The fields that change the result, less those at their default or at what runs did before the field existed."
     out = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOSS_TABLE', 'KNOBS', 'LOSS_NAMES', 'PID_LOSSES', 'TEACHER_LOSSES', 'TASK_TABLE', 'METRICS', 'ACCURACIES', 'By',
-           'Knob', 'Loss', 'losses_with', 'check_knob', 'Task', 'tasks_that_read', 'tasks_of', 'Metric', 'metric_end',
-           'main_metrics']
+           'knob', 'by_hand', 'Loss', 'losses_with', 'check_knob', 'Task', 'tasks_that_read', 'tasks_of', 'Metric',
+           'metric_end', 'main_metrics']
 
-# %% ../../nbs/config/04_tables.ipynb #35705821
+# %% ../../nbs/config/04_tables.ipynb #d75a2f5b
 import re
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from typing import NamedTuple
 from .fields import check, setting
 
@@ -27,73 +27,65 @@ class By(NamedTuple):
         "The value in a preset."
         return getattr(value, preset) if isinstance(value, By) else value
 
-@dataclass(frozen=True)
-class Knob:
+def knob(name: str,              # the field of `Config`, and the argument of the loss
+         kind: type,             # str, int, float or bool
+         help: str,              # what it does
+         default: object = None, # where no preset decides
+         presets: object = None, # the value in every preset, or a `By`
+         own: object = None,     # default of the loss's argument, where that is another
+         argument: bool = True,  # False: the trainer reads it, not the loss
+         **limits,               # as `setting` has them
+        ) -> Field:              # with its name and type
     "A setting that some losses have."
-    name: str             # the field of `Config`, and the argument of the loss
-    kind: type            # str, int, float or bool
-    help: str             # what it does
-    default: object = None # where no preset decides
-    presets: object = None # the value in every preset, or a `By`
-    own: object = None    # default of the loss's argument, where that is another
-    lo: float | None = None # least value
-    hi: float | None = None # largest value
-    choices: tuple | None = None # the values there are
-    absent: object = None # what runs did before there was this knob
-    needs: dict = field(default_factory=dict) # values of other fields without which it is not read
-    argument: bool = True # False: the trainer reads it, not the loss
+    out = setting(default, help, presets=presets, own=own, argument=argument, **limits)
+    out.name, out.type = name, kind
+    return out
 
-    def setting(self,
-                default: object, # of the field
-                readers: tuple = (), # losses that read it
-               ) -> object:      # a field with its name and type
-        "The knob as a field of a config."
-        out = setting(default, self.help, self.lo, self.hi, self.choices, readers, absent=self.absent, needs=self.needs)
-        out.name, out.type = self.name, self.kind
-        return out
+def by_hand(knob: Field, # as `knob` makes it
+           ) -> object:  # the default of the loss's argument
+    "The value in a loss that is built without a config."
+    m = knob.metadata
+    shared = None if isinstance(m['presets'], By) else m['presets']
+    return next(v for v in (m['own'], shared, knob.default) if v is not None)
 
-    def value(self) -> object:
-        "The default of the loss's argument."
-        shared = None if isinstance(self.presets, By) else self.presets
-        return next(v for v in (self.own, shared, self.default) if v is not None)
-
-# %% ../../nbs/config/04_tables.ipynb #635c1f42
+# %% ../../nbs/config/04_tables.ipynb #eafac9b5
 _KNOBS = [
-    Knob('beta', float, 'weight of redundancy minus synergy in L_beta', presets=-0.5, lo=-10., hi=10.),
-    Knob('estimator', str, 'how mutual information is estimated', presets='gaussian',
+    knob('beta', float, 'weight of redundancy minus synergy in L_beta', presets=-0.5, lo=-10., hi=10.),
+    knob('estimator', str, 'how mutual information is estimated', presets='gaussian',
          choices=('coordinate', 'gaussian', 'infonce'), absent='coordinate'),
-    Knob('shrinkage', float, 'eps in r -> (1 - eps) r, the guard of the log terms', presets=0.01, lo=1e-6, hi=0.5),
-    Knob('decorrelation', float, 'weight of feature redundancy (off-diagonal correlations)', presets=By(0.02, 0.1, 0.02),
-         own=0.02, lo=0., hi=1e4),
-    Knob('reduction', str, 'sum or mean of the informations over coordinates', 'sum', choices=('sum', 'mean')),
-    Knob('covariance_momentum', float, 'momentum of running correlations; 0: those of the batch', presets=0.9,
+    knob('shrinkage', float, 'eps in r -> (1 - eps) r, the guard of the log terms', presets=0.01, lo=1e-6, hi=0.5),
+    knob('decorrelation', float, 'weight of feature redundancy (off-diagonal correlations)',
+         presets=By(0.02, 0.1, 0.02), own=0.02, lo=0., hi=1e4),
+    knob('reduction', str, 'sum or mean of the informations over coordinates', 'sum', choices=('sum', 'mean')),
+    knob('covariance_momentum', float, 'momentum of running correlations; 0: those of the batch', presets=0.9,
          lo=0., hi=0.999, absent=0.),
-    Knob('w_t', float, 'weight of the target terms', presets=0.3, lo=0., hi=100.),
-    Knob('w_r', float, 'weight of the penalty on agreement beyond what the target explains', presets=0., lo=0., hi=100.),
-    Knob('kappa', float, 'how far view agreement is lowered to what the target explains', presets=0.5, lo=0., hi=1.),
-    Knob('tau', str, 'agreement asked for: explained, 1 - kappa + kappa a1 a2 / c_T; constant, 1 - kappa', 'explained',
+    knob('w_t', float, 'weight of the target terms', presets=0.3, lo=0., hi=100.),
+    knob('w_r', float, 'weight of the penalty on agreement beyond what the target explains', presets=0.,
+         lo=0., hi=100.),
+    knob('kappa', float, 'how far view agreement is lowered to what the target explains', presets=0.5, lo=0., hi=1.),
+    knob('tau', str, 'agreement asked for: explained, 1 - kappa + kappa a1 a2 / c_T; constant, 1 - kappa', 'explained',
          choices=('explained', 'constant')),
-    Knob('excess', str, 'which distance of view agreement from tau costs: both, or agreement above it only', 'two_sided',
-         choices=('two_sided', 'one_sided')),
-    Knob('target', str, 'what the EMA teacher embeds: the clean image, a third view of the same policy, the other view, '
-         'or the mean of two further views', 'ema_clean', argument=False,
+    knob('excess', str, 'which distance of view agreement from tau costs: both, or agreement above it only',
+         'two_sided', choices=('two_sided', 'one_sided')),
+    knob('target', str, 'what the EMA teacher embeds: the clean image, a third view of the same policy, the other '
+         'view, or the mean of two further views', 'ema_clean', argument=False,
          choices=('ema_clean', 'ema_third', 'ema_view', 'mean_of_others')),
-    Knob('ema_momentum', float, 'momentum of the EMA teacher', presets=0.99, lo=0., hi=1., argument=False),
-    Knob('redundancy_phase', float, 'share of the steps spent in the redundancy phase, before beta, kappa and the target '
-         'terms come in', presets=0., lo=0., hi=1., absent=0., argument=False),
-    Knob('anneal', float, 'share of the steps over which they then rise to their values', presets=0., lo=0., hi=1.,
+    knob('ema_momentum', float, 'momentum of the EMA teacher', presets=0.99, lo=0., hi=1., argument=False),
+    knob('redundancy_phase', float, 'share of the steps spent in the redundancy phase, before beta, kappa and the '
+         'target terms come in', presets=0., lo=0., hi=1., absent=0., argument=False),
+    knob('anneal', float, 'share of the steps over which they then rise to their values', presets=0., lo=0., hi=1.,
          absent=0., argument=False),
-    Knob('phase_one', str, 'objective of pid in the redundancy phase: Barlow Twins, or L_beta with beta -1',
+    knob('phase_one', str, 'objective of pid in the redundancy phase: Barlow Twins, or L_beta with beta -1',
          presets='beta', choices=('barlow', 'beta'), absent='beta'),
-    Knob('lambda_param', float, "weight of Barlow Twins' off-diagonal term", presets=By(0.05, 0.1, 0.02), own=5e-3,
+    knob('lambda_param', float, "weight of Barlow Twins' off-diagonal term", presets=By(0.05, 0.1, 0.02), own=5e-3,
          lo=0., hi=1e4),
-    Knob('whitening_size', int, 'sub-batch in which W-MSE whitens; at least twice projector_dim',
+    knob('whitening_size', int, 'sub-batch in which W-MSE whitens; at least twice projector_dim',
          presets=By(64, 128, 128), own=128, lo=4),
-    Knob('whitening_iters', int, 'random sub-batch partitions averaged by W-MSE (Ermolov et al. 2021)', 1, lo=1, hi=64),
-    Knob('temperature', float, 'NT-Xent temperature (Chen et al. 2020, CIFAR-10)', 0.5, lo=1e-3, hi=100.),
-    Knob('sim_coeff', float, 'VICReg invariance weight (Bardes et al. 2022)', 25., lo=0.),
-    Knob('std_coeff', float, 'VICReg variance weight (Bardes et al. 2022)', 25., lo=0.),
-    Knob('cov_coeff', float, 'VICReg covariance weight (Bardes et al. 2022)', 1., lo=0.),
+    knob('whitening_iters', int, 'random sub-batch partitions averaged by W-MSE (Ermolov et al. 2021)', 1, lo=1, hi=64),
+    knob('temperature', float, 'NT-Xent temperature (Chen et al. 2020, CIFAR-10)', 0.5, lo=1e-3, hi=100.),
+    knob('sim_coeff', float, 'VICReg invariance weight (Bardes et al. 2022)', 25., lo=0.),
+    knob('std_coeff', float, 'VICReg variance weight (Bardes et al. 2022)', 25., lo=0.),
+    knob('cov_coeff', float, 'VICReg covariance weight (Bardes et al. 2022)', 1., lo=0.),
 ]
 
 # %% ../../nbs/config/04_tables.ipynb #9a2b0a16
@@ -104,7 +96,7 @@ class Loss:
     title: str               # in tables and legends
     colour: str              # in every figure
     implementation: str      # module inside the package, colon, class
-    knobs: tuple             # names, or a `Knob` of its own
+    knobs: tuple             # names, or a `knob` of its own
     baseline: str | None = None # the loss that it re-calibrates
     teacher: bool = False    # does it need an EMA teacher?
     shown: tuple = ()        # knobs that say which member of its family it is
@@ -119,12 +111,12 @@ class Loss:
                   config: object, # resolved
                  ) -> dict:       # argument of the class -> value
         "What the class is called with."
-        fields = {k: k for k in self.names() if KNOBS[k].argument} | self.sizes
+        fields = {k: k for k in self.names() if KNOBS[k].metadata['argument']} | self.sizes
         return {argument: getattr(config, name) for argument, name in fields.items()}
 
     def defaults(self) -> dict: # argument of the class -> its default
         "What the class does when it is called with nothing."
-        return {k: self.presets.get(k, KNOBS[k].value()) for k in self.names() if KNOBS[k].argument}
+        return {k: self.presets.get(k, by_hand(KNOBS[k])) for k in self.names() if KNOBS[k].metadata['argument']}
 
 # whitening needs sub-batches of at least twice the dimension (Ermolov et al. 2021 use d = 64 on CIFAR)
 _WHITENED = By(32, 64, 64)
@@ -138,7 +130,8 @@ LOSS_TABLE = {row.name: row for row in [
     Loss('byol', 'BYOL', '#cc78bc', 'losses.baselines:BYOL', ('ema_momentum',), teacher=True,
          sizes={'dim': 'projector_dim', 'hidden': 'projector_hidden'}),
     Loss('pid', 'PID', '#ca9161', 'losses.target:PIDLoss',
-         ('beta', 'estimator', 'shrinkage', 'decorrelation', 'reduction', 'covariance_momentum', 'phase_one', *_TEACHER),
+         ('beta', 'estimator', 'shrinkage', 'decorrelation', 'reduction', 'covariance_momentum', 'phase_one',
+          *_TEACHER),
          'barlow', True, shown=('beta', 'estimator'), sizes={'dim': 'projector_dim'}),
     Loss('pid_barlow', 'PID Barlow Twins', '#56b4e9', 'losses.target:PIDBarlowTwins',
          ('lambda_param', 'w_t', 'kappa', 'tau', 'excess', *_TEACHER), 'barlow', True, shown=('w_t', 'kappa')),
@@ -147,8 +140,9 @@ LOSS_TABLE = {row.name: row for row in [
          presets={'projector_dim': _WHITENED, 'w_t': 1.}),
 ]}
 
-# %% ../../nbs/config/04_tables.ipynb #e3eb1681
-KNOBS = {k.name: k for k in [*_KNOBS, *(k for row in LOSS_TABLE.values() for k in row.knobs if isinstance(k, Knob))]}
+# %% ../../nbs/config/04_tables.ipynb #b999a47a
+_own = [k for row in LOSS_TABLE.values() for k in row.knobs if isinstance(k, Field)]
+KNOBS = {k.name: k for k in [*_KNOBS, *_own]}
 LOSS_NAMES = tuple(LOSS_TABLE)
 PID_LOSSES = tuple(k for k, row in LOSS_TABLE.items() if row.baseline)
 TEACHER_LOSSES = tuple(k for k, row in LOSS_TABLE.items() if row.teacher)
@@ -162,8 +156,8 @@ def check_knob(name: str,     # of `KNOBS`
                value: object, # what a loss was given
               ) -> object:    # as the knob's type
     "The value, if it is in the knob's range; raises `ConfigError`. For constructors of losses."
-    knob = KNOBS[name]
-    return check(knob.setting(knob.value()), value)
+    known = KNOBS[name]
+    return check(knob(name, known.type, default=by_hand(known), **known.metadata), value)
 
 # %% ../../nbs/config/04_tables.ipynb #36392be4
 @dataclass(frozen=True)
@@ -176,25 +170,28 @@ class Task:
     dataset: str | None = None # measured on unless one is named; None: the run's own
     group: str = 'frozen'     # frozen, tuned, two_view or dense
 
+_FROZEN = ('image_size', 'train_size')
 _TUNED = ('image_size', 'seed', 'epochs', 'lr', 'encoder_lr', 'batch_size', 'policy')
 _DENSE = ('seed', 'epochs', 'lr')
 _AUDIT = ('codes', 'components', 'permutations', 'replicates')
+_NEAR = {'linear, {data}': ('linear_logreg',), '5-NN, {data}': ('knn5_euclidean',)}
 _PAIR = {
     'linear, one view': ('linear_view1', 'linear_view2'), 'linear, pair of views': ('linear_pair',),
     'linear, gain of the pair': ('linear_pair_gain',), 'MLP, one view': ('mlp_view1', 'mlp_view2'),
     'MLP, pair of views': ('mlp_pair',), 'MLP, gain of the pair': ('mlp_pair_gain',),
 }
 TASK_TABLE = {row.name: row for row in [
-    Task('classify', 'classes of images', ('image_size', 'train_size'),
-         {'linear, {data}': ('linear_logreg',), '5-NN, {data}': ('knn5_euclidean',), 'kNN cosine, {data}': ('knn_cosine',)}),
-    Task('transfer', 'classes of another dataset', ('image_size', 'train_size'),
-         {'linear, {data}': ('linear_logreg',), '5-NN, {data}': ('knn5_euclidean',)}),
+    Task('classify', 'classes of images', _FROZEN, {**_NEAR, 'kNN cosine, {data}': ('knn_cosine',)}),
+    Task('transfer', 'classes of another dataset', _FROZEN, _NEAR),
     Task('low_label', 'classes from few labels', (*_TUNED, 'fraction', 'draws'),
-         {'fine-tuned, {share} of labels': ('finetune_{pct}pct',), 'linear, {share} of labels': ('linear_{pct}pct',)}, group='tuned'),
-    Task('finetune', 'classes after fine-tuning', (*_TUNED, 'train_size'), {'fine-tuned, {data}': ('finetune',)}, group='tuned'),
-    Task('two_view', 'classes from a pair of views', ('image_size', 'train_size', 'policy'), _PAIR, group='two_view'),
-    Task('audit', 'decomposition of what two views tell', ('image_size', 'train_size', 'policy', 'seed', *_AUDIT), {}, group='two_view'),
-    Task('segmentation', 'a class for every pixel', _DENSE, {'{data} mIoU, frozen': ('{set}_frozen_miou',)}, 'camvid-240', 'dense'),
+         {'fine-tuned, {share} of labels': ('finetune_{pct}pct',), 'linear, {share} of labels': ('linear_{pct}pct',)},
+         group='tuned'),
+    Task('finetune', 'classes after fine-tuning', (*_TUNED, 'train_size'), {'fine-tuned, {data}': ('finetune',)},
+         group='tuned'),
+    Task('two_view', 'classes from a pair of views', (*_FROZEN, 'policy'), _PAIR, group='two_view'),
+    Task('audit', 'decomposition of what two views tell', (*_FROZEN, 'policy', 'seed', *_AUDIT), {}, group='two_view'),
+    Task('segmentation', 'a class for every pixel', _DENSE, {'{data} mIoU, frozen': ('{set}_frozen_miou',)},
+         'camvid-240', 'dense'),
     Task('segmentation_finetuned', 'a class for every pixel after fine-tuning', _DENSE,
          {'{data} mIoU, fine-tuned': ('{set}_finetuned_miou',)}, 'camvid-240', 'dense'),
     Task('detection', 'boxes', _DENSE, {'{data} AP': ('{set}_ap',), '{data} AP50': ('{set}_ap50',)}, 'bccd', 'dense'),

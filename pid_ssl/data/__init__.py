@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from ..config import ConfigError, project_root
-from .files import CHUNK, DataError, Source
+from .images import CHUNK, DataError, Source
 from .sources import data_folders, open_source
 from .stream import image_limit, mapped_images
 from .table import DATASETS, NOTES, dataset_table
@@ -24,7 +24,8 @@ from .views import POLICIES, Policy, ViewMaker
 SPLIT_SEED = 0     # the splits are part of the dataset, not of a run
 VAL_SHARE = 0.1    # of the training images: 5,000 of CIFAR-10's, so a validation accuracy is known to about 0.7 points
 
-# up to here mean and standard deviation are float32 sums over the whole tensor; beyond, exact sums over chunks, which do not need a copy four times as large
+# up to here mean and standard deviation are float32 sums over the whole tensor;
+# beyond, exact sums over chunks, which do not need a copy four times as large
 WHOLE_SUMS = 300_000_000  # values: more than any 32-pixel set of 90,000 images has
 
 @dataclass(frozen=True)
@@ -47,11 +48,13 @@ class Dataset:
         "Channel means of the training images, in 0..1."
         x = self.images['train']
         return x.float().mean((0, 2, 3))/255 if x.numel() <= WHOLE_SUMS else self._moments[0]
+
     @cached_property
     def std(self) -> torch.Tensor: # (c,)
         "Channel standard deviations of the training images, in 0..1."
         x = self.images['train']
         return (x.float().std((0, 2, 3))/255 if x.numel() <= WHOLE_SUMS else self._moments[1]).clamp(min=1e-3)
+
     @cached_property
     def _moments(self):
         # sums of whole numbers below 2**53 are exact in float64, in any order
@@ -72,41 +75,54 @@ def split_indices(labels: np.ndarray,    # (n,) class of each image
     n, (found, counts) = len(labels), np.unique(labels, return_counts=True)
     cannot, k = f'{what}: cannot split {n} images of {len(found)} classes', len(found)
     if counts.min() < 2:
-        raise DataError(f"{cannot}: class {names[found[counts.argmin()]] if names else found[counts.argmin()]} has 1 image; accepted: at least 2 images of each class")
-    parts = (n - math.ceil(share*n), math.ceil(share*n)) if share < 1 else (n - share, share)
-    if min(parts) < k:
-        enough = lambda m: min(math.ceil(share*m), m - math.ceil(share*m)) >= k
-        raise DataError(f"{cannot} into {parts[0]} and {parts[1]}, fewer images than classes; accepted: " + (f'at least {next(filter(enough, itertools.count(n)))} images' if share < 1 else f'{k} to {n - k} images in the second part'))
+        rare = dict(enumerate(names)).get(found[counts.argmin()], found[counts.argmin()])
+        raise DataError(f'{cannot}: class {rare} has 1 image; accepted: at least 2 images of each class')
+    parts = lambda m: (m - math.ceil(share*m), math.ceil(share*m)) if share < 1 else (m - share, share)
+    if min(parts(n)) < k:
+        accepted = f'{k} to {n - k} images in the second part'
+        if share < 1:
+            least = next(m for m in itertools.count(n) if min(parts(m)) >= k)
+            accepted = f'at least {least} images'
+        sizes = '{} and {}'.format(*parts(n))
+        raise DataError(f'{cannot} into {sizes}, fewer images than classes; accepted: {accepted}')
     first, second = train_test_split(np.arange(n), test_size=share, stratify=labels, random_state=SPLIT_SEED)
     return np.sort(first), np.sort(second)
 
-# %% ../../nbs/data/30_data.ipynb #92f333f1
+# %% ../../nbs/data/30_data.ipynb #d902885b
+def _subset(labels, train_size, names):
+    # which of the training images a `train_size` below their number takes
+    classes, counts = np.unique(labels, return_counts=True)
+    less = len(labels) - train_size
+    if less >= len(classes):
+        return split_indices(labels, train_size, f'train_size {train_size}', names)[1]
+    # too few to take one from every class: one from each of the largest
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
+    largest = classes[np.argsort(-counts, kind='stable')[:less]]
+    return np.delete(np.arange(len(labels)), [order[(labels[order] == c).argmax()] for c in largest])
+
 def _rows(source, name, train_size):
     # split -> (stored split, rows); unlabelled rows that pretraining takes beside them
-    labels = source.labels
-    if labels['test'] is None:  # no official test set: a fifth of the images
-        rest, test = split_indices(labels['train'], 0.2, f'dataset {name!r}, test', source.names)
-        out = {'test': ('train', test)}
+    labels, more, held = source.labels['train'], source.unlabelled, source.labels['test']
+    if held is None:  # no official test set: a fifth of the images
+        rest, test = split_indices(labels, 0.2, f'dataset {name!r}, test', source.names)
     else:
-        rest, test = np.arange(len(labels['train'])), np.arange(len(labels['test']))
-        out = {'test': ('test', test)}
-    train_labels, more = labels['train'][rest], source.unlabelled
-    train, val = split_indices(train_labels, VAL_SHARE, f'dataset {name!r}, validation', source.names)
+        rest, test = np.arange(len(labels)), np.arange(len(held))
+    train, val = split_indices(labels[rest], VAL_SHARE, f'dataset {name!r}, validation', source.names)
+    train, val = rest[train], rest[val]
     if train_size:
-        y, most = train_labels[train], len(train) + more
-        classes, counts = np.unique(y, return_counts=True)
-        if not len(classes) <= train_size <= most:
-            raise ConfigError('train_size', train_size, f'from {len(classes)} to {most}, from an image a class to what {name} leaves after validation; 0 for all')
-        more, less = max(0, train_size - len(train)), len(train) - train_size
-        if less >= len(classes):
-            train = train[split_indices(y, train_size, f'train_size {train_size}', source.names)[1]]
-        elif less > 0:  # too few to take one from every class: one from each of the largest
-            order, largest = np.random.default_rng(SPLIT_SEED).permutation(len(y)), classes[np.argsort(-counts, kind='stable')[:less]]
-            train = np.delete(train, [order[(y[order] == c).argmax()] for c in largest])
+        least, most = len(np.unique(labels[train])), len(train) + more
+        if not least <= train_size <= most:
+            raise ConfigError('train_size', train_size, f'from {least} to {most}, from an image a class '
+                              f'to what {name} leaves after validation; 0 for all')
+        more = max(0, train_size - len(train))
+        if train_size < len(train):
+            train = train[_subset(labels[train], train_size, source.names)]
     # unlabelled images have no order of their own: the first ones, spread over the file
     unlabelled = np.linspace(0, source.unlabelled - 1, more).round().astype(np.int64) if more else np.arange(0)
-    return {'train': ('train', rest[train]), 'val': ('train', rest[val]), **out}, unlabelled
+    stored = {'train': ('train', train), 'val': ('train', val), 'test': ('train' if held is None else 'test', test)}
+    return stored, unlabelled
 
+# %% ../../nbs/data/30_data.ipynb #d084dca1
 def _in_memory(chunks, shape):
     out, at = np.empty(shape, np.uint8), 0
     for chunk in chunks:
@@ -122,7 +138,8 @@ def load_dataset(name: str,                    # in `DATASETS`, or of a Parquet 
                  data_memory: int | None = None, # MB of images kept in memory; default half of what is free
                  cache_dir: str | Path | None = None, # of mapped images; default data/cache
                 ) -> Dataset:                  # train, val and test
-    """Load a dataset by name. Raises `DataError` naming the file, `ConfigError` naming the field, and `OSError` when mapped images cannot be written.
+    """Load a dataset by name. Raises `DataError` naming the file, `ConfigError` naming the field,
+    and `OSError` when mapped images cannot be written.
     Where there are unlabelled images, a `train_size` above the labelled ones takes those and some of the others."""
     source = open_source(name, data_dir, download)
     rows, unlabelled = _rows(source, name, train_size)
@@ -133,14 +150,16 @@ def load_dataset(name: str,                    # in `DATASETS`, or of a Parquet 
     side, content = image_size or source.side(), source.content_hash
     shapes = {s: (sum(len(r) for _, r in p), source.channels, side, side) for s, p in parts.items()}
     keep = sum(math.prod(v) for v in shapes.values()) <= image_limit(data_memory)
-    images = {}
+    cache, images = Path(cache_dir or project_root()/'data'/'cache'), {}
     for s, shape in shapes.items():
         chunks = lambda: itertools.chain(*(source.chunks(at, r, side) for at, r in parts[s]))
         if keep:
             images[s] = _in_memory(chunks(), shape)
             continue
-        about = dict(content_hash=content, split=s, rows=hashlib.sha256(b''.join(r.tobytes() for _, r in parts[s])).hexdigest())
-        images[s] = mapped_images(Path(cache_dir or project_root()/'data'/'cache')/f'{content[:16]}-{s}-{side}px-{shape[0]}', about, shape, chunks)
+        chosen = hashlib.sha256(b''.join(r.tobytes() for _, r in parts[s])).hexdigest()
+        about = dict(content_hash=content, split=s, rows=chosen)
+        images[s] = mapped_images(cache/f'{content[:16]}-{s}-{side}px-{shape[0]}', about, shape, chunks)
     if len(unlabelled):
         images['train'] = images['pretrain'][:len(rows['train'][1])]
-    return Dataset(name, source.note, images, labels, int(max(v.max() for v in labels.values())) + 1, content)
+    classes = 1 + max(int(v.max()) for v in labels.values())
+    return Dataset(name, source.note, images, labels, classes, content)

@@ -13,20 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from ..config import ConfigError
-from . import DataError, Dataset, data_folders
-from .files import _rgb
+from . import Dataset, data_folders
+from .files import open_parquet
+from .images import DataError, decode, file_hash, rgb
 
-# %% ../../nbs/data/36_dense.ipynb #38f32577
-VOC_CLASSES = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog', 'horse',
-               'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
-# name -> (note printed beside every number, classes of masks, classes of boxes)
-DENSE = {'camvid-240': ('CamVid at 240x180 (halved, JPEG copy)', ('sky', 'building', 'pole', 'road', 'pavement', 'tree', 'sign', 'fence', 'car', 'pedestrian', 'bicyclist'), ()),
-         'bccd': ('BCCD blood cells', (), ('RBC', 'WBC', 'platelet')),
-         'voc': ('Pascal VOC', (), VOC_CLASSES),
-         'digit-scenes': ('drawn digit scenes', ('background', 'zero', 'one'), ('zero', 'one'))}
-
+# %% ../../nbs/data/36_dense.ipynb #b820069f
 @dataclass(frozen=True)
 class SegmentationData(Dataset):
     "Images (n, 3, h, w) and, as `labels`, masks (n, h, w) uint8 for the splits train, val and test."
@@ -44,66 +38,112 @@ class DetectionData(Dataset):
         "Images without a box: they stay, for what a detector finds there is wrong."
         return {s: sum(not len(b) for b in boxes) for s, boxes in self.boxes.items()}
 
-# %% ../../nbs/data/36_dense.ipynb #c15e3f01
-def _folder(name, data_dir):
-    folder = next((f/name for f in data_folders(data_dir) if (f/name).is_dir()), None)
-    if folder is None:
-        raise DataError(f"dataset: got {name!r}, with no folder of that name; accepted: a folder {name}/ holding train.parquet, val.parquet and test.parquet under {' or '.join(map(str, data_folders(data_dir)))} (set data_dir or $PID_SSL_DATA)")
-    return folder
-
-def _rows(folder, columns, names):
-    import pyarrow, pyarrow.parquet
-    out, hashes = {}, ''
-    for split in ('train', 'val', 'test'):
-        path = folder/f'{split}.parquet'
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; accepted: a folder {folder.name}/ holding train.parquet, val.parquet and test.parquet")
-        try:
-            rows = pyarrow.parquet.read_table(path, columns=list(columns)).to_pylist()
-        except (pyarrow.ArrowException, OSError) as e:
-            raise DataError(f"{path}: not a readable Parquet file ({str(e).splitlines()[0]}); accepted: a whole Parquet file with the columns {', '.join(columns)}") from None
-        if not rows:
-            raise DataError(f"{path}: no rows; accepted: at least one image")
-        if missing := [c for c in columns if c not in rows[0]]:
-            raise DataError(f"{path}: no column {missing[0]!r}; accepted: {', '.join(columns)}")
-        out[split], hashes = (path, rows), hashes + hashlib.sha256(path.read_bytes()).hexdigest()
-    # of a set that is not known by its name, the class names are content too
-    return out, hashlib.sha256((hashes if folder.name in DENSE else '\n'.join([hashes, *names])).encode()).hexdigest()
-
-def _image(where, cell, mode):
-    from PIL import Image
-    try:
-        im = (_rgb if mode == 'RGB' else Image.open)(io.BytesIO(cell['bytes']))
-        im.load()
-    except Exception as e:
-        raise DataError(f"{where} is not a readable image ({e}); accepted: struct<bytes, path> with the bytes of a PNG{' or JPEG' if mode == 'RGB' else ''} with 8 bits a channel") from None
-    if mode == 'L' and im.format in ('JPEG', 'WEBP', 'MPO'):
-        raise DataError(f"{where} is a {im.format}, which may change the classes of its pixels; accepted: PNG, or another format without loss")
-    if mode == 'L' and im.mode not in ('L', 'P'):
-        raise DataError(f"{where} has the pixel format {im.mode}; accepted: 8 bits a pixel, the value being the class")
-    return im
-
-def _sequence(cell, row):
-    # CamVid/test/Seq05VD_f05070.png -> Seq05VD; without a path every frame stands alone
-    return Path(cell['path']).stem.rpartition('_')[0] if cell.get('path') and '_' in Path(cell['path']).stem else str(row)
+# %% ../../nbs/data/36_dense.ipynb #38f32577
+VOC_CLASSES = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable',
+               'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
+_CAMVID = ('sky', 'building', 'pole', 'road', 'pavement', 'tree', 'sign', 'fence', 'car', 'pedestrian', 'bicyclist')
+# name -> (note printed beside every number, classes of masks, classes of boxes)
+DENSE = {'camvid-240': ('CamVid at 240x180 (halved, JPEG copy)', _CAMVID, ()),
+         'bccd': ('BCCD blood cells', (), ('RBC', 'WBC', 'platelet')),
+         'voc': ('Pascal VOC', (), VOC_CLASSES),
+         'digit-scenes': ('drawn digit scenes', ('background', 'zero', 'one'), ('zero', 'one'))}
 
 def _names(folder, classes, which):
-    found, path = tuple(classes or DENSE.get(folder.name, ('', (), ()))[which]), folder/'classes.txt'
+    # the names of the classes, and the set in words
+    note, *known = DENSE.get(folder.name, (folder.name, (), ()))
+    found, path = tuple(classes or known[which]), folder/'classes.txt'
     if not found:
-        wanted = f"the names of the classes in the order of their numbers, one a line, each once, at most 254 (or `classes` in Python); known without: {', '.join(n for n, v in DENSE.items() if v[which])}"
+        without = ', '.join(n for n, v in DENSE.items() if v[1 + which])
+        wanted = ('the names of the classes in the order of their numbers, one a line, each once, at most 254 '
+                  f'(or `classes` in Python); known without: {without}')
         try:
             found = tuple(line.strip() for line in path.read_text('utf-8-sig').strip().splitlines())
         except (OSError, UnicodeDecodeError) as e:
-            raise DataError(f"{path}: {'no such file' if isinstance(e, FileNotFoundError) else f'cannot be read ({e})'}; accepted: {wanted}") from None
+            fault = 'no such file' if isinstance(e, FileNotFoundError) else f'cannot be read ({e})'
+            raise DataError(f'{path}: {fault}; accepted: {wanted}') from None
         if not all(found) or len(set(found)) < len(found) or not 0 < len(found) < 255:
             raise DataError(f"{path}: {len(found)} lines, {len(set(found) - {''})} different names; accepted: {wanted}")
-    return found, DENSE.get(folder.name, (folder.name,))[0]
+    return found, note
 
-def _unseen(found, names, path):
+# %% ../../nbs/data/36_dense.ipynb #34f169ed
+_SPLITS, _FILES = ('train', 'val', 'test'), 'holding train.parquet, val.parquet and test.parquet'
+
+def _folder(name, data_dir):
+    for folder in data_folders(data_dir):
+        if (folder/name).is_dir():
+            return folder/name
+    raise DataError(f'dataset: got {name!r}, with no folder of that name; accepted: a folder {name}/ {_FILES} under '
+                    f"{' or '.join(map(str, data_folders(data_dir)))} (set data_dir or $PID_SSL_DATA)")
+
+def _rows(folder, columns, names):
+    # split -> (file, rows as dicts); the hash of the content
+    out, hashes, listed = {}, '', ', '.join(columns)
+    for split in _SPLITS:
+        path = folder/f'{split}.parquet'
+        if not path.is_file():
+            raise DataError(f'{path}: no such file; accepted: a folder {folder.name}/ {_FILES}')
+        with open_parquet(path, 'Parquet file', listed) as file:
+            rows = file.read(columns=list(columns)).to_pylist()
+        if not rows:
+            raise DataError(f'{path}: no rows; accepted: at least one image')
+        if missing := [c for c in columns if c not in rows[0]]:
+            raise DataError(f'{path}: no column {missing[0]!r}; accepted: {listed}')
+        out[split], hashes = (path, rows), hashes + file_hash(path)
+    # of a set that is not known by its name, the class names are content too
+    content = hashes if folder.name in DENSE else '\n'.join([hashes, *names])
+    return out, hashlib.sha256(content.encode()).hexdigest()
+
+def _unseen(found, names, folder):
     # a class that no training image shows can be neither learned nor measured as if it had been
-    for split in ('val', 'test'):
+    for split in _SPLITS[1:]:
         if stray := sorted(found[split] - found['train']):
-            raise DataError(f"{path.with_name(f'{split}.parquet')}: class {stray[0]} ({names[stray[0]]}) does not occur in train.parquet; accepted: classes of the training images")
+            raise DataError(f"{folder/split}.parquet: class {stray[0]} ({names[stray[0]]}) does not occur in "
+                            'train.parquet; accepted: classes of the training images')
+
+# %% ../../nbs/data/36_dense.ipynb #a622d8d2
+_CELL = 'struct<bytes, path> with the bytes of a PNG'
+
+def _picture(where, cell):
+    return decode(lambda c: rgb(io.BytesIO(c['bytes'])), cell, f'{where} is', f'{_CELL} or JPEG')
+
+def _loaded(cell):
+    im = Image.open(io.BytesIO(cell['bytes']))
+    im.load()
+    return im
+
+def _mask(where, cell):
+    im = decode(_loaded, cell, f'{where} is', _CELL)
+    if im.format in ('JPEG', 'WEBP', 'MPO'):
+        raise DataError(f'{where} is a {im.format}, which may change the classes of its pixels; '
+                        'accepted: PNG, or another format without loss')
+    if im.mode not in ('L', 'P'):
+        raise DataError(f'{where} has the pixel format {im.mode}; accepted: 8 bits a pixel, the value being the class')
+    return np.asarray(im)
+
+def _sequence(cell, row):
+    # CamVid/test/Seq05VD_f05070.png -> Seq05VD; without a path every frame stands alone
+    return Path(cell.get('path') or '').stem.rpartition('_')[0] or str(row)
+
+# %% ../../nbs/data/36_dense.ipynb #8ac878ce
+def _frames(path, rows, classes, size):
+    # images and masks of a split; the first image decides the size of all
+    for i, row in enumerate(rows):
+        im, mask = _picture(f'{path}: img of row {i}', row['img']), _mask(f'{path}: mask of row {i}', row['mask'])
+        w, h = size = size or im.size
+        for what, have, why in (('img', im.size, 'as the first'), ('mask', mask.shape[::-1], 'the size of its image')):
+            if have != size:
+                raise DataError(f'{path}: {what} of row {i} is {have[0]}x{have[1]}; accepted: {w}x{h}, {why}')
+        if not i:
+            images, masks = (np.empty((len(rows), *shape, h, w), np.uint8) for shape in ((3,), ()))
+        images[i], masks[i] = np.asarray(im).transpose(2, 0, 1), mask
+    masks[masks == 255] = classes
+    if masks.max() > classes:
+        i = np.nonzero(masks > classes)[0][0]
+        raise DataError(f'{path}: mask of row {i} has the value {masks[i].max()}; '
+                        f'accepted: 0 to {classes - 1}, and {classes} or 255 for unlabelled')
+    if masks.min() == classes:
+        raise DataError(f'{path}: no labelled pixel; accepted: masks with values 0 to {classes - 1}')
+    return torch.from_numpy(images), torch.from_numpy(masks)
 
 def load_segmentation(name: str = 'camvid-240',     # of the folder
                       data_dir: str | None = None,  # where the folder is; see `data_folders`
@@ -111,92 +151,84 @@ def load_segmentation(name: str = 'camvid-240',     # of the folder
                      ) -> SegmentationData:         # train, val and test
     "Read a segmentation set; raises `DataError` naming file, row and what is wrong."
     folder = _folder(name, data_dir)
-    names, note = _names(folder, classes, 1)
+    names, note = _names(folder, classes, 0)
     tables, digest = _rows(folder, ('img', 'mask'), names)
-    images, masks, sequences, found, size = {}, {}, {}, {}, None
+    images, masks, sequences, size = {}, {}, {}, None
     for split, (path, rows) in tables.items():
-        for i, row in enumerate(rows):
-            im, mask = _image(f"{path}: img of row {i}", row['img'], 'RGB'), np.asarray(_image(f"{path}: mask of row {i}", row['mask'], 'L'))
-            size = size or im.size
-            if im.size != size:
-                raise DataError(f"{path}: img of row {i} is {im.width}x{im.height}; accepted: {size[0]}x{size[1]}, as the first")
-            if mask.shape != size[::-1]:
-                raise DataError(f"{path}: mask of row {i} is {mask.shape[1]}x{mask.shape[0]}; accepted: {size[0]}x{size[1]}, the size of its image")
-            if not i:
-                images[split] = np.empty((len(rows), 3, *mask.shape), np.uint8)
-                masks[split] = np.empty((len(rows), *mask.shape), np.uint8)
-            images[split][i], masks[split][i] = np.asarray(im).transpose(2, 0, 1), mask
-        m = masks[split]
-        m[m == 255] = len(names)
-        for i in np.unique(np.nonzero(m > len(names))[0])[:1]:
-            raise DataError(f"{path}: mask of row {i} has the value {m[i].max()}; accepted: 0 to {len(names) - 1}, and {len(names)} or 255 for unlabelled")
-        found[split] = set(np.unique(m).tolist()) - {len(names)}
+        images[split], masks[split] = _frames(path, rows, len(names), size)
         sequences[split] = [_sequence(row['img'], i) for i, row in enumerate(rows)]
-        if not found[split]:
-            raise DataError(f"{path}: no labelled pixel; accepted: masks with values 0 to {len(names) - 1}")
-    _unseen(found, names, path)
-    of = lambda d: {s: torch.from_numpy(v) for s, v in d.items()}
-    return SegmentationData(name, note, of(images), of(masks), len(names), digest, names, sequences)
+        size = tuple(images['train'].shape[:1:-1])
+    _unseen({s: set(m.unique().tolist()) - {len(names)} for s, m in masks.items()}, names, folder)
+    return SegmentationData(name, note, images, masks, len(names), digest, names, sequences)
 
-# %% ../../nbs/data/36_dense.ipynb #eac388cd
-def load_detection(name: str = 'bccd',           # of the folder
-                   data_dir: str | None = None,  # where the folder is; see `data_folders`
-                   image_size: tuple = (120, 160), # height and width: images are fitted into it and the rest is filled with their mean colour
-                   classes: tuple | None = None, # names; default those of `DENSE`, else of the folder's classes.txt
-                  ) -> DetectionData:            # train, val and test; boxes in pixels of the fitted images
-    "Read a detection set; raises `DataError` naming file, row and what is wrong. Images without boxes stay."
-    from PIL import Image
-    if len(image_size) != 2 or min(image_size) < 16:
-        raise ConfigError('image_size', image_size, 'height and width from 16 pixels')
-    folder = _folder(name, data_dir)
-    names, note = _names(folder, classes, 2)
-    tables, digest = _rows(folder, ('img', 'boxes', 'labels', 'width', 'height'), names)
-    images, boxes, labels = {}, {}, {}
-    for split, (path, rows) in tables.items():
-        images[split], boxes[split], labels[split] = torch.empty(len(rows), 3, *image_size, dtype=torch.uint8), [], []
-        for i, row in enumerate(rows):
-            im = _image(f"{path}: img of row {i}", row['img'], 'RGB')
-            b, y = _boxes(f"{path}: row {i}", row, im.size, len(names))
-            scale = min(image_size[0]/im.height, image_size[1]/im.width)
-            h, w = (min(n, max(1, round(side*scale))) for n, side in zip(image_size, (im.height, im.width)))
-            b *= np.array([w/im.width, h/im.height]*2, np.float32)
-            small = torch.from_numpy(np.asarray(im.resize((w, h), Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
-            images[split][i] = small.float().mean((1, 2)).round()[:, None, None]
-            images[split][i, :, :h, :w] = small
-            boxes[split].append(torch.from_numpy(b))
-            labels[split].append(torch.from_numpy(y))
-        if not sum(map(len, boxes[split])):
-            raise DataError(f"{path}: no boxes in {len(rows)} images; accepted: at least one box in a split")
-    _unseen({s: {int(v) for y in labels[s] for v in y} for s in labels}, names, path)
-    return DetectionData(name, note, images, labels, len(names), digest, names, boxes)
-
+# %% ../../nbs/data/36_dense.ipynb #7347465b
 def _boxes(where, row, size, classes):
     try:
         if any(len(box) != 4 for box in row['boxes']):
             raise ValueError
         b, y = np.array(row['boxes'], np.float32).reshape(-1, 4), np.array(row['labels'], np.float64)
     except (ValueError, TypeError):
-        raise DataError(f"{where}: boxes or labels cannot be read as numbers; accepted: boxes of four numbers each, one label a box, none missing") from None
-    if [row['width'], row['height']] != list(size):
-        raise DataError(f"{where}: width and height are {row['width']}x{row['height']}, the image is {size[0]}x{size[1]}; accepted: its own size")
+        raise DataError(f'{where}: boxes or labels cannot be read as numbers; '
+                        'accepted: boxes of four numbers each, one label a box, none missing') from None
+    w, h = size
+    if (row['width'], row['height']) != size:
+        raise DataError(f"{where}: width and height are {row['width']}x{row['height']}, the image is {w}x{h}; "
+                        'accepted: its own size')
     if y.shape != (len(b),):
-        raise DataError(f"{where}: {len(b)} boxes and {y.size} labels; accepted: one label a box")
+        raise DataError(f'{where}: {len(b)} boxes and {y.size} labels; accepted: one label a box')
     for box, label in zip(b, y):
         x0, y0, x1, y1 = box
-        if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]):
-            raise DataError(f"{where}: box {box.tolist()}; accepted: xmin < xmax and ymin < ymax inside {size[0]}x{size[1]}")
+        if not (0 <= x0 < x1 <= w and 0 <= y0 < y1 <= h):
+            raise DataError(f'{where}: box {box.tolist()}; accepted: xmin < xmax and ymin < ymax inside {w}x{h}')
         if label not in range(classes):
-            raise DataError(f"{where}: label {label:g}; accepted: 0 to {classes - 1}")
+            raise DataError(f'{where}: label {label:g}; accepted: 0 to {classes - 1}')
     return b, y.astype(np.int64)
 
-# %% ../../nbs/data/36_dense.ipynb #8ac878ce
+def _fitted(im, boxes, shape):
+    # (3, *shape) uint8: the image in the upper left corner; boxes in its pixels
+    sides = (im.height, im.width)
+    scale = min(side/own for side, own in zip(shape, sides))
+    h, w = (min(side, max(1, round(own*scale))) for side, own in zip(shape, sides))
+    small = torch.from_numpy(np.asarray(im.resize((w, h), Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
+    out = small.float().mean((1, 2)).round().to(torch.uint8)[:, None, None].repeat(1, *shape)
+    out[:, :h, :w] = small
+    return out, torch.from_numpy(boxes*np.array([w/im.width, h/im.height]*2, np.float32))
+
+# %% ../../nbs/data/36_dense.ipynb #6a2f48f6
+def load_detection(name: str = 'bccd',           # of the folder
+                   data_dir: str | None = None,  # where the folder is; see `data_folders`
+                   image_size: tuple = (120, 160), # height and width that images are fitted into
+                   classes: tuple | None = None, # names; default those of `DENSE`, else of the folder's classes.txt
+                  ) -> DetectionData:            # train, val and test; boxes in pixels of the fitted images
+    "Read a detection set; raises `DataError` naming file, row and what is wrong. Images without boxes stay."
+    if len(image_size) != 2 or min(image_size) < 16:
+        raise ConfigError('image_size', image_size, 'height and width from 16 pixels')
+    folder = _folder(name, data_dir)
+    names, note = _names(folder, classes, 1)
+    tables, digest = _rows(folder, ('img', 'boxes', 'labels', 'width', 'height'), names)
+    images, boxes, labels = {}, {s: [] for s in _SPLITS}, {s: [] for s in _SPLITS}
+    for split, (path, rows) in tables.items():
+        images[split] = torch.empty(len(rows), 3, *image_size, dtype=torch.uint8)
+        for i, row in enumerate(rows):
+            im = _picture(f'{path}: img of row {i}', row['img'])
+            b, y = _boxes(f'{path}: row {i}', row, im.size, len(names))
+            images[split][i], fitted = _fitted(im, b, image_size)
+            boxes[split].append(fitted)
+            labels[split].append(torch.from_numpy(y))
+        if not any(map(len, boxes[split])):
+            raise DataError(f'{path}: no boxes in {len(rows)} images; accepted: at least one box in a split')
+    _unseen({s: set(torch.cat(y).tolist()) for s, y in labels.items()}, names, folder)
+    return DetectionData(name, note, images, labels, len(names), digest, names, boxes)
+
+# %% ../../nbs/data/36_dense.ipynb #8b6cf267
 def write_dense(path: str | Path, # a Parquet file; its folder is made
                 rows: list,       # dicts with img and mask, or img, boxes, labels, width, height
                ) -> Path:         # the file
     "Write rows in the layout that the two readers read."
     import pyarrow as pa, pyarrow.parquet as pq
     cell = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
-    types = {'img': cell, 'mask': cell, 'boxes': pa.list_(pa.list_(pa.float32())), 'labels': pa.list_(pa.int64()), 'width': pa.int64(), 'height': pa.int64()}
+    types = {'img': cell, 'mask': cell, 'boxes': pa.list_(pa.list_(pa.float32())), 'labels': pa.list_(pa.int64()),
+             'width': pa.int64(), 'height': pa.int64()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, pa.schema([(k, types[k]) for k in types if k in rows[0]])), path)
@@ -205,10 +237,24 @@ def write_dense(path: str | Path, # a Parquet file; its folder is made
 def png(values: np.ndarray, # (h, w) or (h, w, 3) uint8
        ) -> bytes:          # of a PNG file
     "Bytes of a lossless image."
-    from PIL import Image
     out = io.BytesIO()
     Image.fromarray(values).save(out, 'PNG')
     return out.getvalue()
+
+# %% ../../nbs/data/36_dense.ipynb #e18b3ad2
+def _scene(rng, glyphs, empty):
+    # image, mask, boxes and labels of zeros and ones on a grid of 3 by 4 places
+    image, mask = rng.integers(0, 50, (48, 64, 3)).astype(float), np.zeros((48, 64), np.uint8)
+    boxes, labels = [], []
+    for cell in rng.permutation(12)[:0 if empty else rng.integers(1, 4)]:
+        c, (top, left) = int(rng.integers(2)), (cell//4*16, cell%4*16)
+        ink, place = glyphs[c][rng.integers(len(glyphs[c]))], np.s_[top:top + 16, left:left + 16]
+        image[place] += ink[..., None]*rng.uniform(80, 200, 3)
+        mask[place] = np.select([ink > 0.5, ink > 0.1], [c + 1, 3])
+        ys, xs = np.nonzero(ink > 0.5)
+        boxes.append([float(v) for v in (left + xs.min(), top + ys.min(), left + xs.max() + 1, top + ys.max() + 1)])
+        labels.append(c)
+    return image.clip(0, 255).astype(np.uint8), mask, boxes, labels
 
 def digit_scenes(folder: str | Path,     # gets digit-scenes/{train,val,test}.parquet
                  counts: tuple = (40, 10, 20), # scenes in train, val and test
@@ -217,25 +263,17 @@ def digit_scenes(folder: str | Path,     # gets digit-scenes/{train,val,test}.pa
     "Draw scenes of zeros and ones, 48x64, with masks and boxes."
     digits, rng = load_digits(), np.random.default_rng(seed)
     glyphs = [digits.images[digits.target == c].repeat(2, 1).repeat(2, 2)/16 for c in (0, 1)]
-    for split, n in zip(('train', 'val', 'test'), counts):
+    for split, n in zip(_SPLITS, counts):
         rows = []
         for i in range(n):
-            image, mask, boxes, labels = rng.integers(0, 50, (48, 64, 3)).astype(float), np.zeros((48, 64), np.uint8), [], []
-            for cell in rng.permutation(12)[:0 if i%5 == 4 else rng.integers(1, 4)]:
-                c, (top, left) = int(rng.integers(2)), (cell//4*16, cell%4*16)
-                ink = glyphs[c][rng.integers(len(glyphs[c]))]
-                image[top:top + 16, left:left + 16] += ink[..., None]*rng.uniform(80, 200, 3)
-                mask[top:top + 16, left:left + 16] = np.where(ink > 0.5, c + 1, np.where(ink > 0.1, 3, 0))
-                ys, xs = np.nonzero(ink > 0.5)
-                boxes.append([left + xs.min(), top + ys.min(), left + xs.max() + 1, top + ys.max() + 1])
-                labels.append(c)
-            path = f'{split}/{"ABC"[i*3//n]}_{i:03d}.png'
-            rows.append({'img': {'bytes': png(image.clip(0, 255).astype(np.uint8)), 'path': path}, 'mask': {'bytes': png(mask), 'path': path},
-                         'boxes': np.array(boxes, float).reshape(-1, 4).tolist(), 'labels': labels, 'width': 64, 'height': 48})
+            image, mask, boxes, labels = _scene(rng, glyphs, i%5 == 4)
+            path = f"{split}/{'ABC'[i*3//n]}_{i:03d}.png"
+            rows.append({'img': {'bytes': png(image), 'path': path}, 'mask': {'bytes': png(mask), 'path': path},
+                         'boxes': boxes, 'labels': labels, 'width': 64, 'height': 48})
         write_dense(Path(folder)/'digit-scenes'/f'{split}.parquet', rows)
     return Path(folder)
 
-# %% ../../nbs/data/36_dense.ipynb #6a2f48f6
+# %% ../../nbs/data/36_dense.ipynb #59db6f6f
 def write_voc(dataset: Iterable,  # torchvision's VOCDetection: items (image, annotation), and file names in `images`
               path: str | Path,   # the Parquet file to write
              ) -> int:            # objects marked difficult, which were left out
@@ -249,10 +287,11 @@ def write_voc(dataset: Iterable,  # torchvision's VOCDetection: items (image, an
             if thing.get('difficult') == '1':
                 skipped += 1
                 continue
-            b = thing['bndbox']
-            boxes.append([float(b['xmin']) - 1, float(b['ymin']) - 1, float(b['xmax']), float(b['ymax'])])
+            xmin, ymin, xmax, ymax = (float(thing['bndbox'][k]) for k in ('xmin', 'ymin', 'xmax', 'ymax'))
+            boxes.append([xmin - 1, ymin - 1, xmax, ymax])
             labels.append(VOC_CLASSES.index(thing['name']))
-        rows.append({'img': {'bytes': Path(file).read_bytes(), 'path': Path(file).name}, 'boxes': boxes, 'labels': labels,
-                     'width': int(about['size']['width']), 'height': int(about['size']['height'])})
+        cell, size = {'bytes': Path(file).read_bytes(), 'path': Path(file).name}, about['size']
+        rows.append({'img': cell, 'boxes': boxes, 'labels': labels,
+                     'width': int(size['width']), 'height': int(size['height'])})
     write_dense(path, rows)
     return skipped

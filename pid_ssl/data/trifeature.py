@@ -13,61 +13,71 @@ import torch
 from ..config import ConfigError
 from ..pid import PID, pid_discrete
 
-# %% ../../nbs/data/37_trifeature.ipynb #52d9a5bd
-def _inside(name, x, y):
-    r = torch.hypot(x, y)
-    box = lambda u, v, a, b: torch.maximum(u.abs() - a, v.abs() - b)
-    if name == 'circle':
-        return r - 0.9
-    if name == 'square':
-        return box(x, y, 0.86, 0.86)
-    if name == 'triangle':
-        return torch.stack([x*math.cos(a) + y*math.sin(a) for a in (math.pi/2, math.pi*7/6, math.pi*11/6)]).amax(0) - 0.55
-    if name == 'plus':
-        return torch.minimum(box(x, y, 1.1, 0.33), box(x, y, 0.33, 1.1))
-    if name == 'tee':
-        return torch.minimum(box(x, y + 0.6, 0.95, 0.36), box(x, y, 0.36, 0.96))
-    if name == 'bar':
-        return box(x, y, 1.15, 0.38)
-    if name == 'ring':
-        return (r - 0.7).abs() - 0.3
-    if name == 'crescent':
-        return torch.maximum(r - 1., 0.75 - torch.hypot(x - 0.6, y))
-    if name == 'half':
-        return torch.maximum(torch.hypot(x, y - 0.45) - 1.15, y - 0.4)
-    # star: fold into one tenth, then one side of the line from an outer to an inner corner
+# %% ../../nbs/data/37_trifeature.ipynb #250ff295
+def _box(x, y, a, b):
+    return torch.maximum(x.abs() - a, y.abs() - b)
+
+def _triangle(x, y):
+    sides = (math.pi/2, math.pi*7/6, math.pi*11/6)
+    return torch.stack([x*math.cos(a) + y*math.sin(a) for a in sides]).amax(0) - 0.55
+
+def _star(x, y):
+    # fold into one tenth, then one side of the line from an outer to an inner corner
     tenth, inner = math.pi/5, 0.45
-    a = (torch.atan2(y, x).remainder(2*tenth) - tenth).abs()
+    r, a = torch.hypot(x, y), (torch.atan2(y, x).remainder(2*tenth) - tenth).abs()
     u, v, cx, cy = r*a.cos(), r*a.sin(), inner*math.cos(tenth), inner*math.sin(tenth)
     return ((u - 1.05)*cy - v*(cx - 1.05))/math.hypot(cx - 1.05, cy)
 
-def _pattern(name, u, v, x, generator):
-    # u, v: periods from a random origin; x: periods from near the middle of the image
-    saw = lambda a: (a.remainder(1) - 0.5).abs()
-    if name == 'solid':
-        return torch.ones_like(u)
-    if name == 'stripes':
-        return 2*torch.sin(2*math.pi*u)
-    if name == 'checks':
-        return 4*torch.sin(math.pi*u)*torch.sin(math.pi*v)
-    if name == 'dots':
-        return 8*(0.34 - torch.hypot(saw(u), saw(v)))
-    if name == 'grid':
-        return 8*(torch.maximum(saw(u), saw(v)) - 0.33)
-    if name == 'split':
-        return 6*x
-    if name == 'ramp':
-        return 0.45*x
-    if name in ('speckle', 'pepper'):
-        return torch.where(torch.rand(u.shape, generator=generator) < (0.2 if name == 'speckle' else 0.8), 1., -1.)
+SHAPES = {
+    'circle': lambda x, y: torch.hypot(x, y) - 0.9,
+    'square': lambda x, y: _box(x, y, 0.86, 0.86),
+    'triangle': _triangle,
+    'plus': lambda x, y: torch.minimum(_box(x, y, 1.1, 0.33), _box(x, y, 0.33, 1.1)),
+    'tee': lambda x, y: torch.minimum(_box(x, y + 0.6, 0.95, 0.36), _box(x, y, 0.36, 0.96)),
+    'bar': lambda x, y: _box(x, y, 1.15, 0.38),
+    'ring': lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.3,
+    'crescent': lambda x, y: torch.maximum(torch.hypot(x, y) - 1., 0.75 - torch.hypot(x - 0.6, y)),
+    'half': lambda x, y: torch.maximum(torch.hypot(x, y - 0.45) - 1.15, y - 0.4),
+    'star': _star,
+}
+
+# %% ../../nbs/data/37_trifeature.ipynb #7d59b677
+def _saw(a):
+    return (a.remainder(1) - 0.5).abs()
+
+def _grains(share):
+    return lambda u, v, x, g: torch.where(torch.rand(u.shape, generator=g) < share, 1., -1.)
+
+def _noise(u, v, x, generator):
     cells = torch.rand(len(u), 1, u.shape[1]//2, u.shape[2]//2, generator=generator) < 0.5
     return torch.nn.functional.interpolate(2*cells.float() - 1, size=u.shape[1:], mode='nearest')[:, 0]
 
-SHAPES = ('circle', 'square', 'triangle', 'plus', 'tee', 'bar', 'ring', 'crescent', 'half', 'star')
-TEXTURES = ('solid', 'stripes', 'checks', 'dots', 'grid', 'split', 'ramp', 'speckle', 'pepper', 'noise')
-COLOURS = {'red': (0.9, 0.1, 0.1), 'green': (0.1, 0.65, 0.1), 'blue': (0.1, 0.2, 0.95), 'yellow': (0.95, 0.9, 0.1), 'pink': (1., 0.5, 0.85),
-           'cyan': (0.1, 0.9, 0.9), 'orange': (1., 0.55, 0.), 'white': (1., 1., 1.), 'purple': (0.5, 0.1, 0.65), 'brown': (0.4, 0.22, 0.05)}
+TEXTURES = {
+    'solid': lambda u, v, x, g: torch.ones_like(u),
+    'stripes': lambda u, v, x, g: 2*torch.sin(2*math.pi*u),
+    'checks': lambda u, v, x, g: 4*torch.sin(math.pi*u)*torch.sin(math.pi*v),
+    'dots': lambda u, v, x, g: 8*(0.34 - torch.hypot(_saw(u), _saw(v))),
+    'grid': lambda u, v, x, g: 8*(torch.maximum(_saw(u), _saw(v)) - 0.33),
+    'split': lambda u, v, x, g: 6*x,
+    'ramp': lambda u, v, x, g: 0.45*x,
+    'speckle': _grains(0.2),
+    'pepper': _grains(0.8),
+    'noise': _noise,
+}
+COLOURS = {'red': (0.9, 0.1, 0.1), 'green': (0.1, 0.65, 0.1), 'blue': (0.1, 0.2, 0.95), 'yellow': (0.95, 0.9, 0.1),
+           'pink': (1., 0.5, 0.85), 'cyan': (0.1, 0.9, 0.9), 'orange': (1., 0.55, 0.), 'white': (1., 1., 1.),
+           'purple': (0.5, 0.1, 0.65), 'brown': (0.4, 0.22, 0.05)}
 BACKGROUND, FAINT = 0.5, 0.25  # grey; share of the colour where the texture is off
+
+# %% ../../nbs/data/37_trifeature.ipynb #8364a577
+def _fill(symbols, functions, size, value):
+    # (n, size, size) in 0..1: each row by the function of its symbol
+    out = torch.empty(len(symbols), size, size)
+    for i, function in enumerate(functions.values()):
+        rows = symbols == i
+        if rows.any():
+            out[rows] = value(function, rows).clamp(0, 1)
+    return out
 
 def draw(shape: torch.Tensor,   # (n,) integers from 0 to 9, places in `SHAPES`
          colour: torch.Tensor,  # (n,) places in `COLOURS`
@@ -79,30 +89,22 @@ def draw(shape: torch.Tensor,   # (n,) integers from 0 to 9, places in `SHAPES`
     if not 16 <= size <= 64 or size % 2:
         raise ConfigError('size', size, 'an even number from 16 to 64')
     for name, s in (('shape', shape), ('colour', colour), ('texture', texture)):
-        if s.shape != shape.shape or s.ndim != 1 or s.is_floating_point() or len(s) and not 0 <= s.min() <= s.max() <= 9:
+        wrong = s.shape != shape.shape or s.ndim != 1 or s.is_floating_point()
+        if wrong or len(s) and not 0 <= s.min() <= s.max() <= 9:
             raise ConfigError(name, s, 'integers (n,) from 0 to 9')
-    n = len(shape)
+    n, axis = len(shape), (torch.arange(size) + 0.5)/size - 0.5
     uniform = lambda lo, hi: torch.rand(n, 1, 1, generator=generator)*(hi - lo) + lo
-    axis = (torch.arange(size) + 0.5)/size - 0.5
-    x0, y0 = axis.view(1, 1, size), axis.view(1, size, 1)
-    def frame(centre, scale, turn):
-        x, y = x0 - centre[0], y0 - centre[1]
-        return (x*turn.cos() + y*turn.sin())/scale, (y*turn.cos() - x*turn.sin())/scale
     angle = lambda: uniform(-math.pi/4, math.pi/4)
+    def frame(centre, scale, turn):
+        x, y = axis.view(1, 1, size) - centre[0], axis.view(1, size, 1) - centre[1]
+        return (x*turn.cos() + y*turn.sin())/scale, (y*turn.cos() - x*turn.sin())/scale
     centre, radius = (uniform(-0.08, 0.08), uniform(-0.08, 0.08)), uniform(0.36, 0.43)
     x, y = frame(centre, radius, angle())
     turn, period, zero = angle(), uniform(0.16, 0.2), (uniform(-0.06, 0.06), uniform(-0.06, 0.06))
     u, v = frame((uniform(0, 1), uniform(0, 1)), period, turn)
     p = frame((centre[0] + zero[0], centre[1] + zero[1]), period, turn)[0]
-    mask, tone = torch.empty(n, size, size), torch.empty(n, size, size)
-    for i, name in enumerate(SHAPES):
-        rows = shape == i
-        if rows.any():
-            mask[rows] = (0.5 - _inside(name, x[rows], y[rows])*radius[rows]*size).clamp(0, 1)
-    for i, name in enumerate(TEXTURES):
-        rows = texture == i
-        if rows.any():
-            tone[rows] = (0.5 + _pattern(name, u[rows], v[rows], p[rows], generator)).clamp(0, 1)
+    mask = _fill(shape, SHAPES, size, lambda inside, i: 0.5 - inside(x[i], y[i])*radius[i]*size)
+    tone = _fill(texture, TEXTURES, size, lambda full, i: 0.5 + full(u[i], v[i], p[i], generator))
     weight = mask*(FAINT + (1 - FAINT)*tone)
     rgb = torch.tensor(list(COLOURS.values()))[colour].view(n, 3, 1, 1)
     return (255*(BACKGROUND + weight.unsqueeze(1)*(rgb - BACKGROUND))).round().to(torch.uint8)
@@ -112,18 +114,19 @@ def channel(bits: float,  # information of reading and symbol
             symbols: int, # m, alphabet size
            ) -> torch.Tensor: # (m, m) float64, row: symbol, column: probability of each reading
     "Symmetric channel from a uniform symbol that carries `bits`; raises `ConfigError` beyond log2 m."
-    m = symbols
-    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 <= bits <= math.log2(m) + 1e-12:
-        raise ConfigError('bits', bits, f'a number from 0 to {math.log2(m):g}, log2 of {m} symbols')
+    m, most = symbols, math.log2(symbols)
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 <= bits <= most + 1e-12:
+        raise ConfigError('bits', bits, f'a number from 0 to {most:g}, log2 of {m} symbols')
     xlog = lambda p: p*math.log2(p) if p > 0 else 0.
-    information = lambda e: math.log2(m) + xlog(1 - e + e/m) + (m - 1)*xlog(e/m)
+    information = lambda e: most + xlog(1 - e + e/m) + (m - 1)*xlog(e/m)
     low, high = 0., 1.
     for _ in range(80):
-        low, high = ((low + high)/2, high) if information((low + high)/2) > bits else (low, (low + high)/2)
-    e = 0. if bits >= math.log2(m) else 1. if bits == 0 else (low + high)/2
+        middle = (low + high)/2
+        low, high = (middle, high) if information(middle) > bits else (low, middle)
+    e = {0: 1., most: 0.}.get(min(bits, most), (low + high)/2)  # the ends exactly
     return (1 - e)*torch.eye(m, dtype=torch.float64) + e/m
 
-# %% ../../nbs/data/37_trifeature.ipynb #8364a577
+# %% ../../nbs/data/37_trifeature.ipynb #29a1ec87
 PARTS = ('redundancy', 'unique1', 'unique2', 'synergy')
 
 @dataclass(frozen=True)
@@ -144,11 +147,12 @@ class ControlledAtoms:
             except ConfigError as e:
                 raise ConfigError(name, e.value, e.accepted) from None
 
-    def tables(self) -> dict: # part -> (m, m, m) float64, or 1 in place of m for a view that shows no symbol of the part
+    def tables(self) -> dict: # part -> (m, m, m) float64; 1 in place of m: the view shows no symbol of the part
         "The joint distribution of symbol in view 1, symbol in view 2 and label, for each part."
         m, k = self.symbols, {name: channel(getattr(self, name), self.symbols) for name in PARTS}
         total = (torch.arange(m)[:, None] + torch.arange(m))%m
-        return {'redundancy': torch.eye(m, dtype=torch.float64).unsqueeze(2)*k['redundancy']/m, 'unique1': k['unique1'].unsqueeze(1)/m,
+        same = torch.eye(m, dtype=torch.float64).unsqueeze(2)
+        return {'redundancy': same*k['redundancy']/m, 'unique1': k['unique1'].unsqueeze(1)/m,
                 'unique2': k['unique2'].unsqueeze(0)/m, 'synergy': k['synergy'][total]/m**2}
 
     def pid(self) -> PID: # bits
@@ -159,11 +163,12 @@ class ControlledAtoms:
     def sample(self,
                n: int, # pairs
                generator: torch.Generator | None = None, # of the symbols and the noise
-              ) -> tuple: # symbols of view 1 (n, 3) and of view 2 (n, 3): redundant, unique, synergistic; label (n, 4) in the order of `PARTS`
+              ) -> tuple: # of view 1 and 2 the redundant, unique, synergistic symbols (n, 3); label (n, 4) as `PARTS`
         "Draw symbols and labels."
         m = self.symbols
         shared, own1, own2, a, b = torch.randint(m, (5, n), generator=generator)
-        read = [torch.multinomial(channel(getattr(self, name), m)[s], 1, generator=generator)[:, 0] for name, s in zip(PARTS, (shared, own1, own2, (a + b)%m))]
+        noisy = [channel(getattr(self, name), m)[s] for name, s in zip(PARTS, (shared, own1, own2, (a + b)%m))]
+        read = [torch.multinomial(p, 1, generator=generator)[:, 0] for p in noisy]
         return torch.stack([shared, own1, a], 1), torch.stack([shared, own2, b], 1), torch.stack(read, 1)
 
     def images(self,
@@ -175,10 +180,16 @@ class ControlledAtoms:
         redundant, unique, synergistic = symbols.unbind(1)
         return draw(redundant, synergistic, unique, size, generator)
 
-# %% ../../nbs/data/37_trifeature.ipynb #29a1ec87
-SPLITS = {'fit': range(2, 9), 'val': range(9, 10), 'train': range(2, 10), 'test': range(2)}  # residues of the Latin square
+# %% ../../nbs/data/37_trifeature.ipynb #6c88cd96
+# residues of the Latin square
+SPLITS = {'fit': range(2, 9), 'val': range(9, 10), 'train': range(2, 10), 'test': range(2)}
 PAIRINGS = ('independent', 'inside', 'outside', 'balanced')
 
+def _one_of(name, value, choices):
+    if value not in choices:
+        raise ConfigError(name, value, ', '.join(choices))
+
+# %% ../../nbs/data/37_trifeature.ipynb #52d9a5bd
 class Trifeature:
     "All 1,000 combinations drawn `drawings` times, their splits, and pairs of them that share a shape."
     def __init__(self,
@@ -190,9 +201,9 @@ class Trifeature:
             raise ConfigError('drawings', drawings, 'an integer from 1')
         g = torch.Generator().manual_seed(seed)
         combinations = torch.cartesian_prod(*[torch.arange(10)]*3)
-        self.bijection, axes = torch.randperm(10, generator=g), torch.stack([torch.randperm(10, generator=g) for _ in range(3)])
-        residue = sum(a[c] for a, c in zip(axes, combinations.T))%10
-        self.member = {s: torch.isin(residue, torch.tensor(list(r))).view(10, 10, 10) for s, r in SPLITS.items()}  # shape, colour, texture
+        self.bijection, *axes = (torch.randperm(10, generator=g) for _ in range(4))
+        residue = (sum(a[c] for a, c in zip(axes, combinations.T))%10).view(10, 10, 10)  # by shape, colour, texture
+        self.member = {s: torch.isin(residue, torch.tensor(list(r))) for s, r in SPLITS.items()}
         self.drawings, self.labels = drawings, combinations.repeat_interleave(drawings, 0)
         self.images = draw(*self.labels.T, size, g)
 
@@ -200,8 +211,7 @@ class Trifeature:
              split: str, # fit, val, train or test
             ) -> torch.Tensor: # indices of its images
         "The images of a split."
-        if split not in SPLITS:
-            raise ConfigError('split', split, ', '.join(SPLITS))
+        _one_of('split', split, SPLITS)
         return self.member[split].flatten().repeat_interleave(self.drawings).nonzero()[:, 0]
 
     def pairs(self,
@@ -210,20 +220,19 @@ class Trifeature:
               pairing: str, # independent; inside or outside the bijection; balanced: half and half
               generator: torch.Generator | None = None, # of the pairs
              ) -> tuple:    # (n,) rows of image 1 and of image 2
-        "Draw pairs that share a shape: texture 1 and colour 2 as `pairing` says, colour 1 and texture 2 from what the split holds."
-        if split not in SPLITS:
-            raise ConfigError('split', split, ', '.join(SPLITS))
-        if pairing not in PAIRINGS:
-            raise ConfigError('pairing', pairing, ', '.join(PAIRINGS))
-        shape, texture1, colour2, d1, d2 = (torch.randint(k, (n,), generator=generator) for k in (10, 10, 10, self.drawings, self.drawings))
+        "Pairs that share a shape: texture 1, colour 2 as `pairing` says; colour 1, texture 2 from what the split has."
+        _one_of('split', split, SPLITS)
+        _one_of('pairing', pairing, PAIRINGS)
+        ranges = (10, 10, 10, self.drawings, self.drawings)
+        shape, texture1, colour2, d1, d2 = (torch.randint(k, (n,), generator=generator) for k in ranges)
         match = self.bijection[texture1]
         other = (match + torch.randint(1, 10, (n,), generator=generator))%10
         if pairing == 'balanced':
             match = torch.where(torch.arange(n)%2 == 0, match, other)
         if pairing != 'independent':
             colour2 = other if pairing == 'outside' else match
-        choose = lambda have: torch.multinomial(have.float(), 1, generator=generator)[:, 0]
-        colour1, texture2 = choose(self.member[split][shape, :, texture1]), choose(self.member[split][shape, colour2])
+        member, choose = self.member[split], lambda have: torch.multinomial(have.float(), 1, generator=generator)[:, 0]
+        colour1, texture2 = choose(member[shape, :, texture1]), choose(member[shape, colour2])
         number = lambda c, t: (shape*10 + c)*10 + t
         return number(colour1, texture1)*self.drawings + d1, number(colour2, texture2)*self.drawings + d2
 
@@ -243,4 +252,5 @@ def synergy_table(bijection: torch.Tensor, # (10,) colour of each texture
     inside[torch.arange(10), bijection] = 1
     return torch.stack([(1 - inside)/180, inside/20], 2)
 
-TRUTH = {'R': dict(redundancy=math.log2(10)), 'U1': dict(unique1=math.log2(10)), 'U2': dict(unique2=math.log2(10)), 'S': dict(synergy=1.)}
+_TEN = math.log2(10)
+TRUTH = {'R': {'redundancy': _TEN}, 'U1': {'unique1': _TEN}, 'U2': {'unique2': _TEN}, 'S': {'synergy': 1.}}

@@ -317,7 +317,7 @@ def drift(root: str | Path | None = None, # default the project's root
     out += [f'figures/{p.relative_to(root/"figures").as_posix()} is not in the manifest' for p in sorted((root/'figures').rglob('*')) if p.is_file() and p.relative_to(root/'figures').as_posix() not in known]
     if readme.is_file() and (text := readme.read_text()) != fill_markers(text, root/'figures'):
         out.append('README.md has other tables than figures/')
-    return out + [f'nbs/{p.name} has other numbers than figures/' for p in sorted((root/'nbs').glob('*.ipynb')) if fill_notebook(p, root/'figures', write=False)]
+    return out + [f'nbs/{p.name} has other numbers than figures/' for p in sorted((root/'nbs').rglob('*.ipynb')) if fill_notebook(p, root/'figures', write=False)]
 
 def show(*names: str,                      # stems of files
          folder: str | Path | None = None, # default the project's figures/

@@ -11,7 +11,7 @@ import csv, hashlib, json, re
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from ..config import parameter_table, project_root
+from ..config import loss_table, parameter_table, project_root
 
 # %% ../../nbs/figures/81_base.ipynb #24f21698
 NAMES = {'barlow': 'Barlow Twins', 'wmse': 'W-MSE', 'vicreg': 'VICReg', 'simclr': 'SimCLR', 'byol': 'BYOL', 'pid': 'PID', 'pid_barlow': 'PID Barlow Twins', 'pid_wmse': 'PID W-MSE'}
@@ -110,8 +110,8 @@ def _caption(folder, name):
 
 def _block(folder, name, columns=None):
     "A table with its caption, or some of its columns."
-    if name == 'parameters':
-        return parameter_table()
+    if name in ('parameters', 'losses'):
+        return {'parameters': parameter_table, 'losses': loss_table}[name]()
     if columns is None:
         return (folder/f'{name}.md').read_text().rstrip()
     rows, names = committed_rows(name, folder), columns.split('; ')

@@ -9,7 +9,7 @@ from pid_ssl.data import DataError, ViewMaker, load_dataset
 
 @pytest.fixture
 def torchvision_cifar(monkeypatch, tmp_path):
-    """torchvision's CIFAR-10 object as its documentation describes it: .data (n, 32, 32, 3) uint8 and .targets, or RuntimeError without the files."""
+    """torchvision's CIFAR-10 as documented: .data (n, 32, 32, 3) uint8 and .targets; RuntimeError without files."""
 
     class Fake:
         def __init__(self, root, train, download):
@@ -28,9 +28,12 @@ def test_cifar10_from_torchvision(torchvision_cifar):
     with pytest.raises(DataError, match="download=True"):
         load_dataset("cifar10")
     d = load_dataset("cifar10", download=True)
-    assert {s: tuple(x.shape) for s, x in d.images.items()} == {"train": (450, 3, 32, 32), "val": (50, 3, 32, 32), "test": (100, 3, 32, 32)}
+    assert {s: tuple(x.shape) for s, x in d.images.items()} == {
+        s: (n, 3, 32, 32) for s, n in (("train", 450), ("val", 50), ("test", 100))
+    }
     raw = torchvision_cifar("", False, True)
-    assert torch.equal(d.images["test"][3], torch.from_numpy(raw.data[3].transpose(2, 0, 1))) and d.labels["test"].tolist() == raw.targets
+    assert torch.equal(d.images["test"][3], torch.from_numpy(raw.data[3].transpose(2, 0, 1)))
+    assert d.labels["test"].tolist() == raw.targets
     assert load_dataset("cifar10", image_size=16, download=True).images["val"].shape == (50, 3, 16, 16)
 
 
@@ -39,7 +42,7 @@ def test_validation_and_test_do_not_depend_on_the_training_size():
     for split in ("val", "test"):
         assert torch.equal(a.images[split], b.images[split])
     rows = {im.numpy().tobytes() for im in a.images["train"]}
-    assert all(im.numpy().tobytes() in rows for im in b.images["train"]), "a subset of train, never of validation or test"
+    assert all(im.numpy().tobytes() in rows for im in b.images["train"]), "of train, never of validation or test"
 
 
 def test_views_differ_between_images_and_calls_and_seeds():

@@ -5,29 +5,38 @@ import importlib
 import inspect
 import json
 import re
-import subprocess
-import sys
+from collections import Counter
 
 import pytest
+from click.testing import CliRunner
 from conftest import ROOT
+from papermill.cli import papermill
 
-from pid_ssl.config import Config
+from pid_ssl.config import Config, parameters_cell
 from pid_ssl.experiments.controlled import ControlledConfig
 from pid_ssl.experiments.downstream import DownstreamConfig
 
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = sorted(p.stem for p in (ROOT / "pid_ssl").glob("[a-z]*.py"))
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+FILES = sorted(p for p in (ROOT / "pid_ssl").rglob("[a-z]*.py"))
+FACES = sorted(p.parent for p in (ROOT / "pid_ssl").rglob("*/__init__.py"))
+MODULES = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in [*FILES, *FACES]]
+LINES = 400  # of code in a notebook, examples and checks included
 
 
 def cells(path, kind="code"):
     return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
 
 
+def test_stems_are_unique():
+    """nbdev names what failed by its stem."""
+    assert not [stem for stem, n in Counter(p.stem for p in NOTEBOOKS).items() if n > 1]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_small_and_readable(path):
     assert path.stat().st_size < 200_000
     code = "\n".join(cells(path))
-    assert len(code.splitlines()) < 420, "split the room"
+    assert len(code.splitlines()) <= LINES, "split the room"
     assert cells(path, "markdown")[0].startswith("# "), "opens with a title"
     for node in ast.walk(ast.parse(re.sub(r"(?m)^[%!].*$", "", code))):
         if isinstance(node, ast.ImportFrom):
@@ -42,22 +51,32 @@ def test_parameters_cell_is_the_config(name):
     config = ENTRIES[name]
     nb = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())
     (cell,) = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
-    got = {}
-    for line in cell["source"]:
-        name, kind, value, comment = re.fullmatch(r"(\w+): (\w+) = (.+?)  # (.+)\n?", line).groups()
-        got[name] = kind, ast.literal_eval(value)
-        assert comment.startswith(config.__dataclass_fields__[name].metadata["help"])
-    want = {f.name: (f.type if isinstance(f.type, str) else f.type.__name__, f.default) for f in dataclasses.fields(config)}
-    assert got == want and list(got) == list(want)
+    assert "".join(cell["source"]) == parameters_cell(config), "the text is that of `parameters_cell`"
+    space = {}
+    exec("".join(cell["source"]), space)
+    kinds = {k: v.__name__ for k, v in space["__annotations__"].items()}
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    assert kinds == {k: getattr(f.type, "__name__", f.type) for k, f in fields.items()}
+    assert {k: space[k] for k in kinds} == {k: f.default for k, f in fields.items()}
+    text = re.sub(r"\n *# ", " ", "".join(cell["source"]))
+    assert not [k for k, f in fields.items() if f"  # {f.metadata['help']}" not in text]
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_help_notebook_lists_every_parameter(name):
+    out = CliRunner().invoke(papermill, ["--help-notebook", str(ROOT / f"nbs/{name}.ipynb")])
+    found = dict(re.findall(r"(?m)^\s*(\w+): (.*)$", out.output))
+    assert not [f.name for f in dataclasses.fields(ENTRIES[name]) if f.name not in found] and "Unknown" not in out.output
 
 
 def exported():
     for name in MODULES:
-        module = importlib.import_module(f"pid_ssl.{name}")
+        module = importlib.import_module(name)
         for public in getattr(module, "__all__", []):
             thing = getattr(module, public)
-            if getattr(thing, "__module__", None) == module.__name__ and (inspect.isfunction(thing) or inspect.isclass(thing)):
-                yield pytest.param(thing, id=f"{name}.{public}")
+            own = getattr(thing, "__module__", None) == module.__name__
+            if own and (inspect.isfunction(thing) or inspect.isclass(thing)):
+                yield pytest.param(thing, id=f"{name.removeprefix('pid_ssl.')}.{public}")
 
 
 def functions_of(thing):
@@ -83,11 +102,3 @@ def test_public_names_are_documented(thing):
             # a function handed in has no simple type
             assert p.annotation is not p.empty or p.name == "make", f"{f.__qualname__}: type of {p.name}"
             assert re.search(rf"\b{p.name}\b[^#\n]*#\s*\S", source), f"{f.__qualname__}: comment beside {p.name}"
-
-
-@pytest.mark.parametrize("name", ENTRIES)
-def test_help_notebook_lists_every_parameter(name):
-    out = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", f"nbs/{name}.ipynb"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    text = out.stdout + out.stderr
-    missing = [f.name for f in dataclasses.fields(ENTRIES[name]) if not re.search(rf"^\s*{f.name}: ", text, re.M)]
-    assert not missing and "Unknown" not in text

@@ -9,28 +9,52 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-NOT_RUNTIME = ("nbdev", "fastcore", "execnb", "papermill", "jupyterlab", "ipykernel", "IPython", "matplotlib", "seaborn", "pandas", "dit")
+NOT_RUNTIME = ("nbdev", "fastcore", "execnb", "papermill", "jupyterlab", "ipykernel", "IPython", "matplotlib", "seaborn",
+               "pandas", "dit")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    for f in filter(None, files):  # a copy, so that no build folder is left in the project
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for f in filter(None, listed):  # a copy, so that no build folder is left in the project
         if f.startswith(("pid_ssl/", "pyproject", "README", "LICENSE", "settings")):
             (source / f).parent.mkdir(parents=True, exist_ok=True)
             (source / f).write_bytes((ROOT / f).read_bytes())
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source)], check=True, capture_output=True, timeout=300)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     (path,) = folder.glob("*.whl")
     return path
 
 
 def test_contents(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"pid_ssl"}
-    committed = {p.name for p in (ROOT / "pid_ssl").glob("*.py")}
-    assert {n.split("/")[1] for n in names if n.startswith("pid_ssl/")} == committed
+    with zipfile.ZipFile(wheel) as z:
+        names = [n for n in z.namelist() if ".dist-info" not in n]
+        (entry,) = [z.read(n).decode() for n in z.namelist() if n.endswith("entry_points.txt")]
+    assert {n.split("/")[0] for n in names} == {"pid_ssl"}
+    assert set(names) == {p.relative_to(ROOT).as_posix() for p in (ROOT / "pid_ssl").rglob("*.py")}
+    assert {n.split("/")[1] for n in names if n.count("/") > 1} >= {"config", "pid", "losses", "figures", "paper"}
+    assert "pid_ssl = pid_ssl.__main__:main" in entry
+
+
+IMPORT_ALL = """
+import sys
+wheel, site = sys.argv[1:]
+sys.path = [p for p in sys.path if 'site-packages' not in p] + [wheel, site]
+import importlib, zipfile, pid_ssl
+assert wheel in pid_ssl.__file__
+for name in zipfile.ZipFile(wheel).namelist():
+    if name.startswith('pid_ssl/') and name.endswith('.py') and not name.endswith('_modidx.py'):
+        importlib.import_module(name[:-3].removesuffix('/__init__').replace('/', '.'))
+from pid_ssl.figures import plotting
+try:
+    plotting()
+except ImportError as e:
+    assert 'pid_ssl[figures]' in str(e)
+else:
+    raise AssertionError('matplotlib should not be there')
+"""
 
 
 def test_imports_without_the_notebook_tools(wheel, tmp_path):
@@ -40,18 +64,7 @@ def test_imports_without_the_notebook_tools(wheel, tmp_path):
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         if entry.name.split(".")[0] not in NOT_RUNTIME and not entry.name.startswith("__editable__"):
             (site / entry.name).symlink_to(entry)
-    code = f"""
-import sys
-sys.path = [p for p in sys.path if 'site-packages' not in p] + [{str(wheel)!r}, {str(site)!r}]
-import importlib, zipfile, pid_ssl
-assert {str(wheel)!r} in pid_ssl.__file__
-for n in zipfile.ZipFile({str(wheel)!r}).namelist():
-    if n.startswith('pid_ssl/') and n.endswith('.py') and not n.endswith(('__init__.py', '_modidx.py')):
-        importlib.import_module(n[:-3].replace('/', '.'))
-from pid_ssl.figures import plotting
-try: plotting()
-except ImportError as e: assert 'pid_ssl[figures]' in str(e)
-else: raise AssertionError('matplotlib should not be there')
-"""
-    out = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, capture_output=True, text=True, timeout=120)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    out = subprocess.run([sys.executable, "-S", "-c", IMPORT_ALL, str(wheel), str(site)], cwd=tmp_path, env=environment,
+                         capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr
