@@ -7,8 +7,8 @@ __all__ = ['main', 'Pretraining', 'parse_args', 'pretrain']
 
 # %% ../nbs/experiments/79_trainers.ipynb #c67abf8b
 import sys
+from .config import guarded
 from .experiments.pretrain import command, parse_args, pretrain
-from .experiments.process import EXIT_STATUS
 from .experiments.training import Pretraining
 
 _all_ = ['Pretraining', 'parse_args', 'pretrain']
@@ -17,16 +17,7 @@ _all_ = ['Pretraining', 'parse_args', 'pretrain']
 def main(argv: list | None = None, # default the process's arguments
         ) -> int:                  # exit status
     "The command line; what goes wrong is one line on standard error."
-    try:
-        command(argv)
-        return 0
-    except (Exception, KeyboardInterrupt) as e:
-        status = next((EXIT_STATUS[t.__name__] for t in type(e).__mro__ if t.__name__ in EXIT_STATUS), None)
-        if status is None:
-            raise
-        number = getattr(e, 'signal', None)
-        print(e if number else f'error: {e}', file=sys.stderr)
-        return 128 + number if number else status
+    return guarded(command, argv)
 
 # %% ../nbs/experiments/79_trainers.ipynb #43d3908b
 if __name__ == '__main__' and '__file__' in globals():  # not in a notebook

@@ -56,7 +56,7 @@ _STOPPED = Exit(143, 'stopped by a signal (128 + its number); the same call goes
 EXIT_STATUS = {
     'SweepFailed': _FAILED, 'NotebookFailed': _FAILED, 'OtherBytes': _FAILED,
     'ConfigError': _BAD, 'DataError': _BAD, 'RecordError': _BAD, 'CheckpointError': _BAD, 'ImportError': _BAD,
-    'FloatingPointError': Exit(3, 'the loss was not finite'),
+    'FloatingPointError': Exit(3, 'the loss was not finite'), 'NonFiniteLoss': Exit(3, 'the loss was not finite'),
     'StorageError': Exit(4, 'a record or checkpoint cannot be written'),
     'RunLocked': Exit(5, 'another process makes this run'),
     'ProcessLost': Exit(6, 'a process of the run ended'),

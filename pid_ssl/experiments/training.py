@@ -14,7 +14,7 @@ from ..config import Config, ConfigError, reads, source_hash
 from ..data import Dataset, ViewMaker
 from ..losses import build_loss
 from ..models import EMATeacher, build_encoder, build_projector
-from .processes import Processes, launched
+from .processes import Processes, cores, launched
 from .optim import Batches, Compiled, build_optimizer
 
 # %% ../../nbs/experiments/73_training.ipynb #3852024a
@@ -32,8 +32,7 @@ def device_class(config: Config, # any config
 def default_threads() -> int: # threads
     "Threads of a run that names none: `$OMP_NUM_THREADS`, else one less than the cores this process may use, divided by the processes that torchrun launched here, up to 8."
     env = os.environ.get('OMP_NUM_THREADS', '')
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return int(env) if env.isdigit() and int(env) else max(1, min(8, (cores - 1)//launched()[3]))
+    return int(env) if env.isdigit() and int(env) else max(1, min(8, (cores() - 1)//launched()[3]))
 
 # %% ../../nbs/experiments/73_training.ipynb #505b0e9f
 def learning_rate(step: int,     # from 0

@@ -51,7 +51,7 @@ def recipe_caption(records: list, # of `RunRecord`
     "What the cost columns mean, and the cost of everything."
     devices, threads = (sorted({str(r.provenance[k]) for r in records}) for k in ('device_name', 'threads'))
     hours = sum(map(_seconds, records))/3600
-    return (f"Seconds of one record, the median over a recipe, on {', '.join(devices)} with {' or '.join(threads)} thread, "
-            'other jobs on the machine: of a run its training without the evaluation, of a measurement all of it; '
+    return (f"Seconds of one record, the median over a recipe, on {', '.join(devices)} with {' or '.join(threads)} "
+            'thread, other jobs on the machine: of a run its training, of a measurement all of it; '
             f'{len(records)} different records, {hours:.1f} hours in all. Full scale: {FULL_EPOCHS:,} epochs over all '
             'training images, image passes of one run computed, not run.')

@@ -6,7 +6,7 @@
 __all__ = ['Plan', 'behind', 'reproduce', 'comparison', 'summary', 'circumstances', 'outcome', 'command']
 
 # %% ../../nbs/paper/90_reproduce.ipynb #e186eb7a
-import argparse, difflib, functools, itertools, json
+import argparse, difflib, functools, json
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..config import TASK_TABLE, ConfigError, digest, project_root
@@ -53,6 +53,9 @@ def behind(names: list,                   # figures, tables, recipes, ids of rec
             if i not in records:
                 raise RecordError(f'record {i} is not in {root/"data"}; accepted: the records of the manifest '
                                   '(make_figures brings it up to date)')
+            if given and i not in given:
+                raise RecordError(f"record {i} is in none of the recipes {', '.join(entry['recipes'])}; "
+                                  'accepted: recipes that give every record of a figure')
             planned[i] = given.get(i) or recipe.planned_again(records[i], records)
     plan.asked = set(planned)
     encoders = {records[i].config['run'] for i in planned if 'run' in records[i].config} - set(planned)
@@ -61,6 +64,7 @@ def behind(names: list,                   # figures, tables, recipes, ids of rec
     plan.records = {i: (records[i], planned[i]) for i in first}
     return plan
 
+# %% ../../nbs/paper/90_reproduce.ipynb #fd75a662
 def _entries(names, root, records):
     "An entry of the manifest for each name; made up where the name is that of a recipe or a record."
     try:
@@ -78,7 +82,9 @@ def _entries(names, root, records):
             raise ConfigError('figure', name, f"{hint}a recipe, a record's id, or one of {', '.join(manifest)}")
         yield known[found[words(name)]]
 
-# %% ../../nbs/paper/90_reproduce.ipynb #1c524227
+# %% ../../nbs/paper/90_reproduce.ipynb #6c59824c
+_MEASURED = 'nbs/4_speed.ipynb and nbs/4_speed_training.ipynb measure'
+
 def reproduce(plan: Plan,                  # from `behind`
               home: str | Path,            # gets data/runs, data/checkpoints and so on; not the project's root
               workers: int = 1,            # processes at a time
@@ -89,8 +95,8 @@ def reproduce(plan: Plan,                  # from `behind`
     if (home/'settings.ini').exists() or (home/'figures'/'manifest.json').exists():
         raise ConfigError('home', str(home), 'another folder: here committed records would be taken for new ones')
     if not plan.records:
-        raise ConfigError('figure', ', '.join(plan.files) or 'nothing', 'something made from run records; times and '
-                          'errors are measured by nbs/4_speed.ipynb and nbs/4_speed_training.ipynb')
+        raise ConfigError('figure', ', '.join(plan.files) or 'nothing',
+                          f'something made from run records; times and errors are what {_MEASURED}')
     local = dict(home=str(home), data_dir=str(Path(data_dir).expanduser().resolve()) if data_dir else None)
     again = {}
     for i, (record, planned) in plan.records.items():
@@ -248,10 +254,10 @@ def command(argv: list | None = None, # default the process's arguments
     plan = behind(given.figure)
     counts = [len(plan.of(kind)) for kind in recipe.KINDS]
     devices = ', '.join(sorted({r.provenance['device_name'] for r in plan.of()})) or 'nothing'
-    print(f'{sum(counts)} records: {counts[0]} runs, {counts[1]} measurements of encoders, {counts[2]} controlled runs; '
-          f'they took {_hours(plan.seconds())} one after the other on {devices}', flush=True)
+    print(f'{sum(counts)} records: {counts[0]} runs, {counts[1]} measurements of encoders, {counts[2]} controlled '
+          f'runs; they took {_hours(plan.seconds())} one after the other on {devices}', flush=True)
     for f in dict.fromkeys(plan.files):
-        print(f'not made again: data/{f}, times and errors that nbs/4_speed.ipynb and nbs/4_speed_training.ipynb measure')
+        print(f'not made again: data/{f}, times and errors that {_MEASURED}')
     if given.plan:
         return
     if not given.home:

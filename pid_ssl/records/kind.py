@@ -31,7 +31,7 @@ class Settings:
               name: str,      # of a field
              ) -> bool:
         "Whether this experiment reads the field."
-        readers = self.config.__dataclass_fields__[name].metadata['losses']
+        readers = self.config.__dataclass_fields__[name].metadata['readers']
         return readers is None or getattr(config, self.by) in readers
 
     def read(self,
