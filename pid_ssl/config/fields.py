@@ -20,7 +20,6 @@ def setting(default: object,                # None leaves the value to a preset,
             changes_result: bool = True,    # False for what belongs to the machine
             pattern: str | None = None,     # regular expression that text has to match
             absent: object = None,          # what runs did before the field existed: left out of ids, as the default is
-            needs: dict | None = None,      # values of other fields without which it is not read
             group: str = '',                # heading above it, kept until the next one
             losses: tuple | None = None,    # readers, by its old name
             **more,                         # whatever else a table keeps beside it
@@ -28,7 +27,7 @@ def setting(default: object,                # None leaves the value to a preset,
     "A field of a config."
     readers = readers or losses
     about = dict(help=help, lo=lo, hi=hi, choices=choices, readers=readers, losses=readers, pattern=pattern,
-                 changes_result=changes_result, absent=absent, needs=needs or {}, group=group)
+                 changes_result=changes_result, absent=absent, group=group)
     return dataclasses.field(default=default, metadata=about | more)
 
 @dataclass(frozen=True)

@@ -50,6 +50,23 @@ def by_hand(knob: Field, # as `knob` makes it
 
 # %% ../../nbs/config/04_tables.ipynb #eafac9b5
 _KNOBS = [
+    knob('form', str, 'what a pid loss is about: the relation of the views, or a target that an EMA teacher gives',
+         presets='relation', choices=('relation', 'target'), absent='target', argument=False),
+    knob('views', int, 'views of each image; a step takes 2 batch_size / views images, so that its image passes stay',
+         presets=2, lo=2, hi=16, absent=2, argument=False),
+    knob('w_s', float, 'weight of the nats that a pair of views tells of its relation', presets=2., lo=0., hi=1e4),
+    knob('w_u', float, 'weight of the nats that single views tell of their own parameters', 0., lo=0., hi=1e4),
+    knob('tells', str, 'what a pair is to tell: the relation; or all, the parameters of each view and the relation',
+         'all', choices=('relation', 'all'), argument=False),
+    knob('head', str, 'features that the heads see: pooled, or the maps before', 'pooled', choices=('pooled', 'maps'),
+         argument=False),
+    knob('relation_error', str, 'how telling is counted: in nats, or in squared errors as AugSelf has them', 'nats',
+         choices=('nats', 'squared')),
+    knob('shuffled', bool, 'a control: every pair is given the relation of another', False),
+    knob('conditioned', bool, "a control: the projector is given the view's parameters (CASSLE)", False,
+         argument=False),
+    knob('synergy_end', float, 'share of the steps after which the relation is ramped down over anneal; 1: never', 1.,
+         lo=0., hi=1., argument=False),
     knob('beta', float, 'weight of redundancy minus synergy in L_beta', presets=-0.5, lo=-10., hi=10.),
     knob('estimator', str, 'how mutual information is estimated', presets='gaussian',
          choices=('coordinate', 'gaussian', 'infonce'), absent='coordinate'),
@@ -71,9 +88,9 @@ _KNOBS = [
          'view, or the mean of two further views', 'ema_clean', argument=False,
          choices=('ema_clean', 'ema_third', 'ema_view', 'mean_of_others')),
     knob('ema_momentum', float, 'momentum of the EMA teacher', presets=0.99, lo=0., hi=1., argument=False),
-    knob('redundancy_phase', float, 'share of the steps spent in the redundancy phase, before beta, kappa and the '
-         'target terms come in', presets=0., lo=0., hi=1., absent=0., argument=False),
-    knob('anneal', float, 'share of the steps over which they then rise to their values', presets=0., lo=0., hi=1.,
+    knob('redundancy_phase', float, 'share of the steps spent in the redundancy phase, before the relation (or '
+         'beta, kappa and the target terms) comes in', presets=0., lo=0., hi=1., absent=0., argument=False),
+    knob('anneal', float, 'share of the steps over which it then rises to its weight', presets=0., lo=0., hi=1.,
          absent=0., argument=False),
     knob('phase_one', str, 'objective of pid in the redundancy phase: Barlow Twins, or L_beta with beta -1',
          presets='beta', choices=('barlow', 'beta'), absent='beta'),
@@ -97,51 +114,68 @@ class Loss:
     colour: str              # in every figure
     implementation: str      # module inside the package, colon, class
     knobs: tuple             # names, or a `knob` of its own
+    forms: dict = field(default_factory=dict) # form -> knobs that it has in that form only
     baseline: str | None = None # the loss that it re-calibrates
     teacher: bool = False    # does it need an EMA teacher?
     shown: tuple = ()        # knobs that say which member of its family it is
     presets: dict = field(default_factory=dict) # field -> value, or a `By`, where it needs another than the preset's
     sizes: dict = field(default_factory=dict)   # argument of the class -> field of `Config`
 
-    def names(self) -> tuple:
+    def names(self,
+              form: str | None = None, # None: in any form
+             ) -> tuple:
         "The names of its knobs."
-        return tuple(getattr(k, 'name', k) for k in self.knobs)
+        return tuple(getattr(k, 'name', k) for k in self.listed(form))
+
+    def listed(self,
+               form: str | None = None, # None: in any form
+              ) -> tuple:               # names, and knobs of its own
+        "Its knobs as the row has them."
+        return (*self.knobs, *(k for name, some in self.forms.items() if form in (None, name) for k in some))
+
+    def taken(self) -> list: # of names
+        "The knobs that are arguments of its class."
+        return [k for k in self.names('target') if KNOBS[k].metadata['argument']]
 
     def arguments(self,
                   config: object, # resolved
                  ) -> dict:       # argument of the class -> value
         "What the class is called with."
-        fields = {k: k for k in self.names() if KNOBS[k].metadata['argument']} | self.sizes
+        fields = {k: k for k in self.taken()} | self.sizes
         return {argument: getattr(config, name) for argument, name in fields.items()}
 
     def defaults(self) -> dict: # argument of the class -> its default
         "What the class does when it is called with nothing."
-        return {k: self.presets.get(k, by_hand(KNOBS[k])) for k in self.names() if KNOBS[k].metadata['argument']}
+        return {k: self.presets.get(k, by_hand(KNOBS[k])) for k in self.taken()}
 
+# %% ../../nbs/config/04_tables.ipynb #5f0c1a2e
 # whitening needs sub-batches of at least twice the dimension (Ermolov et al. 2021 use d = 64 on CIFAR)
 _WHITENED = By(32, 64, 64)
-_TEACHER = ('target', 'ema_momentum', 'redundancy_phase', 'anneal')
+_PHASES = ('form', 'redundancy_phase', 'anneal')
+_TEACHER = ('target', 'ema_momentum')
+_RELATION = ('views', 'w_s', 'w_u', 'tells', 'head', 'relation_error', 'shuffled', 'conditioned', 'synergy_end')
 LOSS_TABLE = {row.name: row for row in [
-    Loss('barlow', 'Barlow Twins', '#0173b2', 'losses.baselines:BarlowTwins', ('lambda_param',)),
-    Loss('wmse', 'W-MSE', '#de8f05', 'losses.baselines:WMSE', ('whitening_size', 'whitening_iters'),
+    Loss('barlow', 'Barlow Twins', '#0173b2', 'losses.baselines:BarlowTwins', ('lambda_param', 'views')),
+    Loss('wmse', 'W-MSE', '#de8f05', 'losses.baselines:WMSE', ('whitening_size', 'whitening_iters', 'views'),
          presets={'projector_dim': _WHITENED}),
-    Loss('vicreg', 'VICReg', '#029e73', 'losses.baselines:VICReg', ('sim_coeff', 'std_coeff', 'cov_coeff')),
-    Loss('simclr', 'SimCLR', '#d55e00', 'losses.baselines:NTXent', ('temperature',)),
+    Loss('vicreg', 'VICReg', '#029e73', 'losses.baselines:VICReg', ('sim_coeff', 'std_coeff', 'cov_coeff', 'views')),
+    Loss('simclr', 'SimCLR', '#d55e00', 'losses.baselines:NTXent', ('temperature', 'views')),
     Loss('byol', 'BYOL', '#cc78bc', 'losses.baselines:BYOL', ('ema_momentum',), teacher=True,
          sizes={'dim': 'projector_dim', 'hidden': 'projector_hidden'}),
-    Loss('pid', 'PID', '#ca9161', 'losses.target:PIDLoss',
-         ('beta', 'estimator', 'shrinkage', 'decorrelation', 'reduction', 'covariance_momentum', 'phase_one',
-          *_TEACHER),
-         'barlow', True, shown=('beta', 'estimator'), sizes={'dim': 'projector_dim'}),
-    Loss('pid_barlow', 'PID Barlow Twins', '#56b4e9', 'losses.target:PIDBarlowTwins',
-         ('lambda_param', 'w_t', 'kappa', 'tau', 'excess', *_TEACHER), 'barlow', True, shown=('w_t', 'kappa')),
-    Loss('pid_wmse', 'PID W-MSE', '#949494', 'losses.target:PIDWMSE',
-         ('whitening_size', 'whitening_iters', 'w_t', 'w_r', *_TEACHER), 'wmse', True, shown=('w_t', 'w_r'),
-         presets={'projector_dim': _WHITENED, 'w_t': 1.}),
+    Loss('pid', 'PID', '#ca9161', 'losses.target:PIDLoss', _PHASES,
+         {'target': ('beta', 'estimator', 'shrinkage', 'decorrelation', 'reduction', 'covariance_momentum', 'phase_one',
+                     *_TEACHER), 'relation': ('lambda_param', *_RELATION)},
+         'barlow', True, shown=('beta', 'estimator'), presets={'views': 4}, sizes={'dim': 'projector_dim'}),
+    Loss('pid_barlow', 'PID Barlow Twins', '#56b4e9', 'losses.target:PIDBarlowTwins', ('lambda_param', *_PHASES),
+         {'target': ('w_t', 'kappa', 'tau', 'excess', *_TEACHER), 'relation': _RELATION}, 'barlow', True,
+         shown=('w_t', 'kappa')),
+    Loss('pid_wmse', 'PID W-MSE', '#949494', 'losses.target:PIDWMSE', ('whitening_size', 'whitening_iters', *_PHASES),
+         {'target': ('w_t', 'w_r', *_TEACHER), 'relation': _RELATION}, 'wmse', True, shown=('w_t', 'w_r'),
+         presets={'projector_dim': _WHITENED, 'w_t': 1., 'w_s': 0.15}),
 ]}
 
 # %% ../../nbs/config/04_tables.ipynb #b999a47a
-_own = [k for row in LOSS_TABLE.values() for k in row.knobs if isinstance(k, Field)]
+_own = [k for row in LOSS_TABLE.values() for k in row.listed() if isinstance(k, Field)]
 KNOBS = {k.name: k for k in [*_KNOBS, *_own]}
 LOSS_NAMES = tuple(LOSS_TABLE)
 PID_LOSSES = tuple(k for k, row in LOSS_TABLE.items() if row.baseline)

@@ -10,6 +10,7 @@ __all__ = ['VOC_CLASSES', 'DENSE', 'SegmentationData', 'DetectionData', 'load_se
 import hashlib, io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from sklearn.datasets import load_digits
 from ..config import ConfigError
 from . import Dataset, data_folders
 from .files import open_parquet
-from .images import DataError, decode, file_hash, rgb
+from .images import DataError, decode, file_hash, rgb, upright
 
 # %% ../../nbs/data/36_dense.ipynb #b820069f
 @dataclass(frozen=True)
@@ -104,15 +105,10 @@ def _unseen(found, names, folder):
 _CELL = 'struct<bytes, path> with the bytes of a PNG'
 
 def _picture(where, cell):
-    return decode(lambda c: rgb(io.BytesIO(c['bytes'])), cell, f'{where} is', f'{_CELL} or JPEG')
-
-def _loaded(cell):
-    im = Image.open(io.BytesIO(cell['bytes']))
-    im.load()
-    return im
+    return decode(rgb, (cell or {}).get('bytes'), f'{where} is', f'{_CELL} or JPEG')
 
 def _mask(where, cell):
-    im = decode(_loaded, cell, f'{where} is', _CELL)
+    im = decode(partial(upright, exact=True), (cell or {}).get('bytes'), f'{where} is', _CELL)
     if im.format in ('JPEG', 'WEBP', 'MPO'):
         raise DataError(f'{where} is a {im.format}, which may change the classes of its pixels; '
                         'accepted: PNG, or another format without loss')
@@ -176,6 +172,9 @@ def _boxes(where, row, size, classes):
                         'accepted: its own size')
     if y.shape != (len(b),):
         raise DataError(f'{where}: {len(b)} boxes and {y.size} labels; accepted: one label a box')
+    if len(b) and b.max() <= 1:
+        raise DataError(f'{where}: boxes within one pixel, such as {b[0].tolist()}; '
+                        'accepted: pixels, not shares of a side')
     for box, label in zip(b, y):
         x0, y0, x1, y1 = box
         if not (0 <= x0 < x1 <= w and 0 <= y0 < y1 <= h):

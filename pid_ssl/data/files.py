@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'held_out', 'open_parquet', 'parquet_source', 'is_image', 'listing', 'listed_source', 'folder_source']
 
 # %% ../../nbs/data/33_files.ipynb #564d7f9c
-import hashlib, io, os, re, warnings
+import hashlib, os, re, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -138,7 +138,7 @@ def parquet_source(name: str,    # of the dataset
         start = 0
         for part in parts[split]:
             for row, data in part.blobs(_within(rows, start, len(part.labels))):
-                yield f'{part.path}: row {row} is', io.BytesIO(data)
+                yield f'{part.path}: row {row} is', data
             start += len(part.labels)
     content = hashlib.sha256((train + test).encode()).hexdigest()
     return image_source(note, labels, content, images, 'bytes of a PNG or JPEG')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'Policy', 'affine_parameters', 'resample', 'grayscale', 'shift_hue', 'draw_colour', 'jitter_colour',
-           'gaussian_blur', 'ViewMaker']
+           'gaussian_blur', 'draw_view', 'identity_view', 'ViewMaker']
 
 # %% ../../nbs/data/35_views.ipynb #5f71f02e
 from dataclasses import dataclass
@@ -196,6 +196,28 @@ def gaussian_blur(x: torch.Tensor,     # (n, c, side, side)
     x = along(F.pad(x, (reach, reach, 0, 0), mode='reflect'))
     return along(F.pad(x, (0, 0, reach, reach), mode='reflect').mT).mT
 
+# %% ../../nbs/data/35_views.ipynb #f9b3b837
+def draw_view(n: int,             # images
+              policy: Policy,     # ranges
+              g: torch.Generator, # source of all randomness
+              channels: int = 3,  # of the images
+              side: int = 32,     # of the images, in pixels
+             ) -> tuple:          # omega: name -> (n,) tensor, `theta` (n, 2, 3); and the colour operations in their order
+    "Draw what is done to each image of a batch, less the pixel noise."
+    omega = {'theta': affine_parameters(n, policy, g, side)}
+    colour = draw_colour(n, policy, g, channels == 3)
+    if policy.blur:
+        omega['blur'] = torch.where(_chance(n, policy.blur, g), _uniform(n, *policy.blur_sigma, g), 0.)
+    if policy.solarize:
+        omega['solarize'] = _chance(n, policy.solarize, g)
+    return omega | dict(colour), colour
+
+def identity_view(n: int,                 # images
+                  device: object = 'cpu', # of the result
+                 ) -> dict:               # omega
+    "The omega of an image to which nothing was done."
+    return {'theta': torch.eye(2, 3, device=device).expand(n, 2, 3)}
+
 # %% ../../nbs/data/35_views.ipynb #8d406c0d
 class ViewMaker:
     "Makes random views of uint8 batches on one device from one seeded generator."
@@ -221,25 +243,25 @@ class ViewMaker:
         return (images.float()/255 - self.mean)/self.std
 
     def __call__(self,
-                 images: torch.Tensor,  # (n, c, h, w) uint8
-                ) -> torch.Tensor:      # (n, c, h, w) float32, normalised
+                 images: torch.Tensor, # (n, c, h, w) uint8
+                 told: bool = False,   # tell what was drawn, too
+                ) -> torch.Tensor:     # (n, c, h, w) float32, normalised; with `told` a pair of that and omega
         "One random view of each image."
         n, channels, _, side = images.shape
         p, g = self.policy, self.generator
         if p == POLICIES['none']:
-            return self.clean(images)
-        theta, colour = affine_parameters(n, p, g, side), draw_colour(n, p, g, channels == 3)
-        sigma = torch.where(_chance(n, p.blur, g), _uniform(n, *p.blur_sigma, g), 0.) if p.blur else None
-        solar = _chance(n, p.solarize, g).view(-1, 1, 1, 1) if p.solarize else None
+            return (self.clean(images), identity_view(n, g.device)) if told else self.clean(images)
+        omega, colour = draw_view(n, p, g, channels, side)
         noise = _draw(torch.randn, *images.shape, g=g) if p.noise else None
-        x = jitter_colour(resample(images.float()/255, theta, p), colour)
+        x = jitter_colour(resample(images.float()/255, omega['theta'], p), colour)
         if p.blur:
-            x = gaussian_blur(x, sigma)
+            x = gaussian_blur(x, omega['blur'])
         if p.solarize:
-            x = torch.where(solar & (x >= 0.5), 1 - x, x)
+            x = torch.where(omega['solarize'].view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
         if p.noise:
             x = (x + p.noise*noise).clamp_(0, 1)
-        return (x - self.mean)/self.std
+        x = (x - self.mean)/self.std
+        return (x, omega) if told else x
 
     def state(self) -> dict: # name -> uint8 tensor
         "State of the generators, for a checkpoint."

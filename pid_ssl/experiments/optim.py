@@ -19,7 +19,8 @@ def build_optimizer(config: Config,        # resolved
                    ):                      # a torch optimiser, or what behaves as one
     "The config's optimiser; raises `ConfigError` when its package is not installed."
     params, lr, decay = [p for p in parameters if p.requires_grad], config.lr, config.weight_decay
-    groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=decay), dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)]
+    groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=decay),
+              dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)]
     fused = dict(fused=True) if device == 'cuda' else {}
     if config.optimizer == 'adamw':
         return torch.optim.AdamW(groups, lr=lr, **fused)
@@ -27,13 +28,15 @@ def build_optimizer(config: Config,        # resolved
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, **fused)
     if config.optimizer == 'muon':
         matrices, groups[0]['params'] = [p for p in params if p.ndim == 2], [p for p in params if p.ndim > 2]
-        return OptimizerPair(torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn='match_rms_adamw'), torch.optim.AdamW([g for g in groups if g['params']], lr=lr, **fused))
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn='match_rms_adamw')
+        return OptimizerPair(muon, torch.optim.AdamW([g for g in groups if g['params']], lr=lr, **fused))
     try:
         from timm.optim import Lars
     except ImportError:
         raise ConfigError('optimizer', 'lars', 'adamw, sgd, muon; lars after pip install "pid_ssl[timm]"') from None
     return Lars(groups, lr=lr, momentum=0.9)
 
+# %% ../../nbs/experiments/72_optim.ipynb #6f1cf4e1
 class OptimizerPair:
     "Two optimisers for different parameters, to the outside one."
     def __init__(self,
@@ -75,8 +78,9 @@ class OptimizerPair:
         for part in self.parts:
             own = state['param_groups'][done:done + len(part.param_groups)]
             count = sum(len(g['params']) for g in own)
-            part.load_state_dict({'state': {i - first: s for i, s in state['state'].items() if first <= i < first + count},
-                                  'param_groups': [g | {'params': [i - first for i in g['params']]} for g in own]})
+            slots = {i - first: s for i, s in state['state'].items() if first <= i < first + count}
+            groups = [g | {'params': [i - first for i in g['params']]} for g in own]
+            part.load_state_dict({'state': slots, 'param_groups': groups})
             first, done = first + count, done + len(own)
 
 # %% ../../nbs/experiments/72_optim.ipynb #7048ebfd
@@ -128,6 +132,7 @@ class Compiled:
         except Exception as e:
             if not type(e).__module__.startswith(('torch._dynamo', 'torch._inductor')):
                 raise
-            warnings.warn(f'torch.compile failed ({type(e).__name__}: {" ".join(str(e).split())[:200]}); going on without it')
+            why = ' '.join(str(e).split())[:200]
+            warnings.warn(f'torch.compile failed ({type(e).__name__}: {why}); going on without it')
             self.forward = self.module
             return self.module(x)

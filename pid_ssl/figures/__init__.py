@@ -35,6 +35,7 @@ def default_identity(config: dict, # of a record
                     ) -> dict:
     "What the preset gives for the loss, dataset, seed and split of a run, as `identity` has it."
     keep = {k: config[k] for k in ('loss', 'dataset', 'seed', 'eval_on', 'preset')}
+    keep['form'] = value_of(from_dict(config), 'form')
     return identity(resolve(Config(**{**keep, **settings})))
 
 def value_of(config: Config, # of a record
@@ -193,7 +194,7 @@ def methods(records: list, # of one figure
         if len(values) == 1:
             return f'{name} = {text(values[0])}' + (', no charge on redundancy' if name == 'w_r' and values[0] == 0 else '')
         c = configs[0]
-        default = value_of(resolve(Config(loss=c['loss'], dataset=c['dataset'], preset=c['preset'])), name)
+        default = value_of(resolve(Config(loss=c['loss'], form=value_of(from_dict(c), 'form'), dataset=c['dataset'], preset=c['preset'])), name)
         return f"{name} = {f'{text(values[0])} to {text(values[-1])}' if isinstance(values[0], float) else ' or '.join(values)} (default {text(default)})"
     found = {loss: [r.config for r in records if r.config['loss'] == loss] for loss in KNOBS}
     out = [f"{NAMES[loss]}: {', '.join(knob(k, configs) for k in KNOBS[loss])}" for loss, configs in found.items() if configs]

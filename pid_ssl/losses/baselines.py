@@ -6,6 +6,7 @@
 __all__ = ['BarlowTwins', 'whiten', 'distance', 'WMSE', 'VICReg', 'NTXent', 'BYOL']
 
 # %% ../../nbs/losses/52_baselines.ipynb #c05525cb
+import itertools
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,7 +23,18 @@ class BarlowTwins(SSLLoss):
         self.lambda_param = check_weight('lambda_param', lambda_param)
 
     def compute(self, z1, z2):
-        c12 = cross_correlation(standardise(z1), standardise(z2))
+        return self.sums(cross_correlation(standardise(z1), standardise(z2)))
+
+    def compute_peers(self, *z):
+        # the mean of C over ordered pairs of different views: all pairs less those of a view with itself
+        x = [standardise(v) for v in z]
+        alone, total = sum(cross_correlation(v, v) for v in x), sum(x)
+        return self.sums((cross_correlation(total, total) - alone)/(len(x)*(len(x) - 1)))
+
+    def sums(self,
+             c12: torch.Tensor, # (d, d) cross-correlation of the views
+            ) -> tuple:         # loss, terms
+        "Equation 1 of a cross-correlation matrix."
         c, off = c12.diagonal(), off_diagonal(c12).square().sum()
         on = (1 - c).square().sum()
         return on + self.lambda_param*off, dict(invariance=on, feature_redundancy=off, c=c.mean())
@@ -48,7 +60,7 @@ def distance(w1: torch.Tensor,  # (m, d)
     return 2 - 2*(F.normalize(w1)*F.normalize(w2)).sum(1).mean()
 
 class WMSE(SSLLoss):
-    "W-MSE (Ermolov et al. 2021, arXiv 2007.06346) for two views."
+    "W-MSE (Ermolov et al. 2021, arXiv 2007.06346) for two views or more."
     def __init__(self,
                  whitening_size: int = 128,  # samples whitened together, at least twice the dimension
                  whitening_iters: int = 1,   # random partitions averaged
@@ -58,7 +70,8 @@ class WMSE(SSLLoss):
         self.whitening_size, self.whitening_iters, self.eps = check_integer('whitening_size', whitening_size, 4), check_integer('whitening_iters', whitening_iters), check_weight('eps', eps)
 
     def parts(self,
-              *zs: torch.Tensor, # (n, d) each: views and targets
+              *zs: torch.Tensor, # (n, d) each: two views and targets, or views
+              names: tuple = ('view 1', 'view 2', 'target', 'second target', 'third target'), # of them, for errors
              ):                  # yields their whitened rows, a list of (whitening_size, d)
         "Random sub-batches, the same rows of every input, each input whitened by itself."
         n, d = zs[0].shape
@@ -69,7 +82,7 @@ class WMSE(SSLLoss):
             order = torch.randperm(n, device=zs[0].device)[:n//size*size]
             for part, rows in enumerate(order.split(size), 1):
                 out = []
-                for name, z in zip(('view 1', 'view 2', 'target', 'second target', 'third target'), zs):
+                for name, z in zip(names, zs):
                     try:
                         out.append(whiten(z[rows], self.eps))
                     except ValueError as e:
@@ -77,7 +90,12 @@ class WMSE(SSLLoss):
                 yield out
 
     def compute(self, z1, z2):
-        mse = torch.stack([distance(w1, w2) for w1, w2 in self.parts(z1, z2)]).mean()
+        return self.compute_peers(z1, z2)
+
+    def compute_peers(self, *z):
+        # of every sub-batch all pairs of views: with four, the authors' W-MSE 4
+        names = tuple(f'view {i}' for i in range(1, len(z) + 1))
+        mse = torch.stack([distance(*pair) for part in self.parts(*z, names=names) for pair in itertools.combinations(part, 2)]).mean()
         return mse, dict(invariance=mse, cosine=1 - mse/2)
 
 # %% ../../nbs/losses/52_baselines.ipynb #5114dc72

@@ -69,7 +69,7 @@ def _call(name, function, level):
 # %% ../../nbs/paper/91_report.ipynb #91a0001a
 def _entry(name, thing):
     "What the reference says about one name."
-    if inspect.isfunction(thing):
+    if inspect.isroutine(thing):
         return _call(name, thing, 'h4')
     if not inspect.isclass(thing):
         return f"{_code('h4', name)}<pre>{_text(textwrap.shorten(repr(thing), 400, placeholder=' ...'))}</pre>"
@@ -100,10 +100,11 @@ def api_reference(links: str = '', # how to get to the folder of the notebooks, 
     for notebook, module in rooms().items():
         stem = module.__name__.removeprefix('pid_ssl.')
         made = f'Made in <a href="{_text(links + notebook)}">nbs/{notebook}</a>.'
-        out.append(f'<h2 id="api-{stem}">pid_ssl.{stem}</h2>{_doc(module)}<p>{made}</p>')
+        out.append(f'<h2 id="module-{stem}">pid_ssl.{stem}</h2>{_doc(module)}<p>{made}</p>')
         for name in getattr(module, '__all__', []):
             thing = getattr(module, name)
-            home = getattr(thing, '__module__', '') if hasattr(thing, '__name__') else module.__name__
+            passed_on = hasattr(thing, '__name__') and not inspect.ismethod(thing)
+            home = thing.__module__ if passed_on else module.__name__
             if home == module.__name__ or not home.startswith('pid_ssl.'):
                 out.append(f'<section id="api-{stem}.{name}">{_entry(name, thing)}</section>')
             else:
@@ -120,6 +121,9 @@ def _needs(module):
         raise ImportError(f"{module} is needed for the report: pip install 'pid_ssl[report]'") from None
 
 FORMULA = re.compile(r'(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)', re.S)
+
+def _inline(path):
+    return f'data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}'
 
 class NotebookFailed(RuntimeError):
     "A cell of a notebook raised; the message names the notebook and says what."
@@ -153,8 +157,11 @@ def notebook_html(path: str | Path,     # a notebook
             cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     exporter = nbconvert.HTMLExporter(template_name='basic', embed_images=True)
     body, _ = exporter.from_notebook_node(nb, resources={'metadata': {'path': str(path.parent)}})
-    body = re.sub(r'formula(\d+)x', lambda m: formulas[int(m.group(1))], body)
-    for pattern, new in ((r'(<h\d) id="', rf'\1 id="{path.stem}-'), (r'<a class="anchor-link".*?</a>', ''),
+    pictures = (r'src="(?!data:)([^"]+\.png)"', lambda m: f'src="{_inline(path.parent/m[1])}"')
+    drawn = (r'formula(\d+)x', lambda m: formulas[int(m[1])])
+    in_anchors = (r'formula\d+x-?(?=[^<>]*>)', '')
+    for pattern, new in (pictures, in_anchors, drawn,
+                         (r'(<h\d) id="', rf'\1 id="{path.stem}-'), (r'<a class="anchor-link".*?</a>', ''),
                          (r'href="\.\./figures/(\w+)\.md"', r'href="#figures-\1"')):
         body = re.sub(pattern, new, body)
     return body
@@ -179,9 +186,8 @@ def _figures(root):
     folder, out = root/'figures', ['<h1 id="figures">Figures and tables</h1>']
     path = folder/'manifest.json'
     for name, entry in json.loads(path.read_text()).items() if path.is_file() else ():
-        if f'{name}.png' in entry['output_hashes']:
-            picture = base64.b64encode((folder/f'{name}.png').read_bytes()).decode()
-            shown = f'<img alt="{name}" src="data:image/png;base64,{picture}">'
+        if (picture := f'{name}.png') in entry['output_hashes']:
+            shown = f'<img alt="{name}" src="{_inline(folder/picture)}">'
         else:
             rows = re.findall(r'^\|.*', (folder/f'{name}.md').read_text(), re.M)
             shown = _needs('nbconvert.filters').markdown2html('\n'.join(rows))

@@ -15,25 +15,34 @@ from fault_harness import ARGS
 
 from pid_ssl.config import Config, ConfigError, resolve
 from pid_ssl.data import load_dataset
-from pid_ssl.records import load_record, load_records, lock_run, run_id
-from pid_ssl.experiments.sweep import Job, expand, read_sweep, submit_sweep
 from pid_ssl.experiments.pretrain import pretrain
+from pid_ssl.experiments.sweep import Job, expand, submit_sweep
+from pid_ssl.records import load_record, load_records, lock_run, run_id
 
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="extra slurm")
     monkeypatch.delenv("IN_TEST", raising=False)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     return {**ARGS, "epochs": 1, "device": "cpu", "home": str(tmp_path / "home")}
 
 
-def test_each_run_once(sweep, tmp_path, capsys):
-    sweep |= dict(seed=[0, 1])
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the job's process in /proc")
+def test_each_run_once_although_one_is_interrupted(sweep, tmp_path, capsys):
+    """SIGUSR2 is what the cluster sends before it takes the node back: that job is put into the queue again."""
+    sweep |= dict(seed=[0, 1], epochs=30)
     jobs = submit_sweep(sweep, tmp_path / "logs", cluster="local")
+    config = resolve(Config(**sweep | dict(seed=0)))
+    rid = run_id(config, load_dataset("digits", train_size=64).content_hash, "cpu")
+    wait_for(lambda: list(tmp_path.glob(f"home/data/checkpoints/{rid}/epoch-*")))
+    (task,) = Path(f"/proc/{jobs[0].job_id}/task/{jobs[0].job_id}/children").read_text().split()
+    os.kill(int(task), signal.SIGUSR2)
     assert [j.result() for j in jobs] == ["finished"] * 2
-    records = load_records(tmp_path / "home/data/runs")
-    assert sorted(r.config["seed"] for r in records) == [0, 1]
+    assert "stopped by SIGTERM" in jobs[0].stderr(), "the run saved the step it was in"
+    first, second = sorted(load_records(tmp_path / "home/data/runs"), key=lambda r: r.config["seed"])
+    assert (first.run_id, first.config["seed"], second.config["seed"]) == (rid, 0, 1)
+    assert first.provenance["resumed_after_epoch"] > 0 and len(first.history) == 30
     assert submit_sweep(sweep, tmp_path / "logs", cluster="local") == []
     assert "2 runs, 2 finished, 0 submitted" in capsys.readouterr().out
 
@@ -52,22 +61,6 @@ def test_failure_and_lock_of_a_job(sweep, capfd):
         assert Job(config)() == "locked"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the job's process in /proc")
-def test_an_interrupted_job_goes_on(sweep, tmp_path):
-    """What the cluster does before it takes the node back."""
-    (job,) = submit_sweep(sweep | dict(epochs=30), tmp_path / "logs", cluster="local")
-    deadline = time.time() + 300
-    while time.time() < deadline and not list(tmp_path.glob("home/data/checkpoints/*/epoch-*")):
-        time.sleep(0.05)
-    (task,) = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
-    os.kill(int(task), signal.SIGUSR2)
-    assert job.result() == "finished"
-    (path,) = tmp_path.glob("home/data/runs/*.json")
-    record = load_record(path)
-    assert record.provenance["resumed_after_epoch"] > 0 and len(record.history) == 30
-    assert "stopped by SIGTERM" in job.stderr(), "the run saved the step it was in"
-
-
 # ---- on this machine -------------------------------------------------------------------------------------------------
 
 TINY = {**ARGS, "epochs": 25}  # long enough to be met in the middle
@@ -80,8 +73,9 @@ def write(path, sweep):
 
 
 def begin(file, *args):
-    return subprocess.Popen([sys.executable, "-m", "pid_ssl.experiments.sweep", str(file), *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**{k: v for k, v in os.environ.items() if k != "IN_TEST"}, "PYTHONPATH": str(ROOT)})
+    environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-m", "pid_ssl", "sweep", str(file), *args], cwd=ROOT, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(file, *args):
@@ -104,9 +98,9 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The results of four runs, made one after the other in this process."""
+    """The results of two runs, made one after the other in this process."""
     home = tmp_path_factory.mktemp("undisturbed")
-    sweep = TINY | dict(loss=["barlow", "pid"], seed=[0, 1])
+    sweep = TINY | dict(loss=["barlow", "pid"])
     for config in expand(sweep | dict(home=str(home))):
         pretrain(config)
     return sweep, results(home)
@@ -122,58 +116,73 @@ def stop(process, number, wait=60):
     return process.returncode, out, err
 
 
-def test_an_interrupted_sweep_ends_with_the_same_records(undisturbed, tmp_path):
-    """Stopped as a run starts and as one has saved, then killed; one of the killed sweep's processes hangs and keeps its run."""
-    sweep, want = undisturbed
-    file, home = write(tmp_path / "sweep.json", sweep), tmp_path / "home"
-    for number, pattern in ((signal.SIGTERM, "data/sweeps/*/*.log"), (signal.SIGINT, "data/checkpoints/*/epoch-*")):
-        process = begin(file, "--workers", "2", "--no-notebooks")
-        wait_for(lambda: list(home.glob(pattern)), process)
-        status, out, err = stop(process, number)
-        assert status == 128 + number and f"stopped by {number.name}: " in err and "the same call goes on" in err, err
+def interrupted(file, home, number, pattern):
+    """Start a sweep and stop it by a signal once there is such a file."""
     process = begin(file, "--workers", "2", "--no-notebooks")
-    log = home / "data/sweeps/sweep/loss=barlow_seed=0.log"
-    wait_for(lambda: log.read_text().count("\nepoch ") > 3, process)
+    wait_for(lambda: list(home.glob(pattern)), process)
+    status, _, err = stop(process, number)
+    assert status == 128 + number and f"stopped by {number.name}: " in err and "the same call goes on" in err, err
+
+
+def killed(file, log):
+    """Kill a sweep while one of its processes hangs; that one is left, and keeps its run."""
+    process = begin(file, "--workers", "2", "--no-notebooks")
+    wait_for(lambda: log.exists() and log.read_text().count("\nepoch ") > 3, process)
     family = psutil.Process(process.pid).children()
-    orphan = next(p for p in family if "--loss=barlow" in p.cmdline() and not any(x.startswith("--seed") for x in p.cmdline()))
+    orphan = next(p for p in family if "--loss=barlow" in p.cmdline())
     orphan.suspend()
     process.kill()
     process.communicate()
     assert not psutil.wait_procs([p for p in family if p != orphan], timeout=60)[1], "left running"
-    assert len(results(home)) < 4, "interrupted before it was done"
+    return orphan
+
+
+def test_an_interrupted_sweep_ends_with_the_same_records(undisturbed, tmp_path):
+    """Stopped as a run starts and as one has saved, then killed, and then let be."""
+    sweep, want = undisturbed
+    file, home = write(tmp_path / "sweep.json", sweep), tmp_path / "home"
+    interrupted(file, home, signal.SIGTERM, "data/sweeps/*/*.log")
+    interrupted(file, home, signal.SIGINT, "data/checkpoints/*/epoch-*")
+    orphan = killed(file, home / "data/sweeps/sweep/loss=barlow.log")
+    assert len(results(home)) < 2, "interrupted before it was done"
 
     process = begin(file, "--workers", "2", "--no-notebooks")
     lines = iter(process.stdout.readline, "")
     said = next(x for x in lines if x.startswith("locked: "))
-    assert "loss=barlow_seed=0: run" in said and f"process {orphan.pid} " in said and "coming back to it" in said
-    wait_for(lambda: len(results(home)) == 3, process)  # the others are made meanwhile
+    assert "loss=barlow: run" in said and f"process {orphan.pid} " in said and "coming back to it" in said
+    wait_for(lambda: len(results(home)) == 1, process)  # the other is made meanwhile
     orphan.resume()
-    assert [x for x in lines if "finished in" in x][-1].startswith("[4/4] loss=barlow_seed=0: ")
+    assert [x for x in lines if "finished in" in x][-1].startswith("[2/2] loss=barlow: ")
     assert process.wait(60) == 0, process.stderr.read()
     assert results(home) == want and not orphan.is_running()
     configs = [r.config for r in load_records(home / "data/runs")]
-    assert len(configs) == 4 and all(c["home"] is None and c["data_dir"] is None for c in configs), "a record names no folder of this machine"
+    assert len(configs) == 2, "and a record names no folder of this machine:"
+    assert all(c["home"] is None and c["data_dir"] is None for c in configs)
     assert not list(home.rglob("epoch-*")) and not list(home.rglob("*tmp*"))
 
 
-ROUNDS, SECONDS = int(os.environ.get("PID_SSL_SWEEP_ROUNDS", "0")), float(os.environ.get("PID_SSL_SWEEP_SECONDS", "30"))
+ROUNDS = int(os.environ.get("PID_SSL_SWEEP_ROUNDS", "0"))
+SECONDS = float(os.environ.get("PID_SSL_SWEEP_SECONDS", "30"))
+WHY = "PID_SSL_SWEEP_ROUNDS sweeps, each interrupted up to three times within PID_SSL_SWEEP_SECONDS"
 
 
-@pytest.mark.skipif(not ROUNDS, reason="PID_SSL_SWEEP_ROUNDS sweeps, each interrupted up to three times within PID_SSL_SWEEP_SECONDS")
+@pytest.mark.skipif(not ROUNDS, reason=WHY)
 @pytest.mark.parametrize("round", range(ROUNDS))
 def test_interrupted_at_random(undisturbed, tmp_path, round):
     sweep, want = undisturbed
     file, home, rng = write(tmp_path / "sweep.json", sweep), tmp_path / "home", random.Random(round)
     how = ["--workers", str(rng.choice([1, 2, 3])), "--notebooks" if round % 4 == 3 else "--no-notebooks"]
     for _ in range(rng.choice([1, 2, 3])):
-        number, seconds = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP]), rng.uniform(0, SECONDS)
+        number = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+        seconds = rng.uniform(0, SECONDS)
         process, end = begin(file, *how), time.time() + seconds
         while time.time() < end and process.poll() is None:
             time.sleep(0.01)
         if process.poll() is not None:
             break
         status, out, err = stop(process, number)
-        print(f"round {round}: {number.name} after {seconds:.2f} s, status {status}, {len(results(home))} of {len(want)} records")
+        there = f"{len(results(home))} of {len(want)} records"
+        print(f"round {round}: {number.name} after {seconds:.2f} s, status {status}, {there}")
     status, out, err = finish(file, *how)
     assert status == 0, err
     assert results(home) == want
@@ -206,4 +215,4 @@ def test_a_recipe_gives_the_runs_of_its_table(name):
     """Of the committed records, exactly those that the table was made from."""
     runs = json.loads((ROOT / "figures/manifest.json").read_text())[RECIPES[name]]["runs"]
     (data,) = {load_record(ROOT / f"data/runs/{i}.json").provenance["dataset_hash"] for i in runs}
-    assert {run_id(resolve(c), data, c.device) for c in expand(read_sweep(ROOT / f"nbs/sweeps/{name}.toml"))} == set(runs)
+    assert {run_id(resolve(c), data, c.device) for c in expand(name)} == set(runs)

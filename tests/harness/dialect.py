@@ -1,4 +1,4 @@
-"""One dialect in notebooks, package and tests: what ruff has no rule for. `python tests/harness/dialect.py [PATH ...]` lists each place."""
+"""One dialect in notebooks, package and tests. `python tests/harness/dialect.py [PATH ...]` lists each fault."""
 import ast
 import json
 import re

@@ -72,7 +72,7 @@ class Half:
     def write(self, data):
         self.file.write(data[: len(data) // 2])
         self.file.flush()
-        self.points.point(f"write {Path(self.file.name).name}")
+        self.points.point(f"write {Path(str(self.file.name)).name}")
         return self.file.write(data[len(data) // 2 :])
 
 

@@ -14,7 +14,8 @@ from pid_ssl.config import source_hash
 
 PACKAGE = ROOT / "pid_ssl"
 WINGS = ["config", "pid", "records", "data", "models", "losses", "evaluate", "experiments", "figures", "paper"]
-ABOVE_ALL = {"trainers": "experiments", "__main__": "paper"}  # modules of the package itself, and the wing they belong to
+# modules of the package itself, and the wing they belong to
+ABOVE_ALL = {"trainers": "experiments", "__main__": "paper"}
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
            for p in sorted(PACKAGE.rglob("*.py")) if p.name != "_modidx.py"}
 
@@ -70,15 +71,16 @@ def test_pid_needs_nothing_but_the_errors():
 @pytest.mark.parametrize("code", ["import pid_ssl.config", "from pid_ssl.__main__ import main; main(['--help'])",
                                   "from pid_ssl.__main__ import main; main(['pretrain', '--epochs', '0'])"])
 def test_settings_and_help_load_no_torch(code):
-    out = subprocess.run([sys.executable, "-c", f"import sys\n{code}\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"],
-                         cwd=ROOT, capture_output=True, text=True, timeout=60)
+    code = f"import sys\n{code}\nassert not {{'torch', 'numpy'}} & set(sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert out.returncode == 0, out.stderr
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """The package somewhere else."""
-    return Path(shutil.copytree(PACKAGE, tmp_path_factory.mktemp("house") / "pid_ssl", ignore=shutil.ignore_patterns("__pycache__")))
+    top = tmp_path_factory.mktemp("house") / "pid_ssl"
+    return Path(shutil.copytree(PACKAGE, top, ignore=shutil.ignore_patterns("__pycache__")))
 
 
 @pytest.mark.parametrize("name", WINGS)
@@ -93,7 +95,8 @@ def test_source_hash_covers_every_wing(name, copy):
 
 
 def test_ruff_finds_nothing():
-    out = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", "."], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", "."]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stdout
 
 
@@ -104,8 +107,10 @@ def test_one_dialect():
 
 def test_the_dialect_is_told():
     """Each rule finds its fault, and nothing in a piece without one."""
-    for code, words in {"x = " + "1 + " * 40 + "1": "characters wide", "if x: y = 1": "a body on the line", "x = 1; y = 2": "two statements",
-                        "f'{[i for i in x]}'": "a program inside", "[[[k for k in j] for j in i] for i in x]": "nested 3 deep"}.items():
+    told = {"x = " + "1 + " * 40 + "1": "characters wide", "if x: y = 1": "a body on the line",
+            "x = 1; y = 2": "two statements", "f'{[i for i in x]}'": "a program inside",
+            "[[[k for k in j] for j in i] for i in x]": "nested 3 deep"}
+    for code, words in told.items():
         assert any(words in what for _, what in dialect.faults(code)), code
     assert not list(dialect.faults("def f(x):\n    return [i for i in x if i]\n"))
 

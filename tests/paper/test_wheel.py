@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-NOT_RUNTIME = ("nbdev", "fastcore", "execnb", "papermill", "jupyterlab", "ipykernel", "IPython", "matplotlib", "seaborn",
-               "pandas", "dit")
+NOT_RUNTIME = ("nbdev", "fastcore", "execnb", "papermill", "jupyterlab", "ipykernel", "IPython", "matplotlib",
+               "seaborn", "pandas", "dit")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    for f in filter(None, listed):  # a copy, so that no build folder is left in the project
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for f in listed.stdout.split("\n")[:-1]:  # a copy, so that no build folder is left in the project
         if f.startswith(("pid_ssl/", "pyproject", "README", "LICENSE", "settings")):
             (source / f).parent.mkdir(parents=True, exist_ok=True)
             (source / f).write_bytes((ROOT / f).read_bytes())
