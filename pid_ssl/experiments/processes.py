@@ -143,7 +143,7 @@ class _Shared:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return value.item()
 
-# %% ../../nbs/experiments/71_processes.ipynb #92242aae
+# %% ../../nbs/experiments/71_processes.ipynb #d7253035
 class Processes(_Shared):
     "The processes of a run, as one of them sees them; without arguments one by itself, for which nothing is done."
     def agree(self,
@@ -199,14 +199,15 @@ class Processes(_Shared):
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
-# %% ../../nbs/experiments/71_processes.ipynb #643c96c0
+# %% ../../nbs/experiments/71_processes.ipynb #69d6fff6
 @contextlib.contextmanager
 def join_processes(device: str, # 'cpu' or 'cuda'
                   ) -> Iterator: # a context that gives `Processes`
     "Meet the other processes that torchrun launched."
     rank, size, local, _ = launched()
     if size > 1 and dist.is_initialized():
-        raise ValueError('process group: got one that is initialised; accepted: none, a run under torchrun makes its own')
+        raise ValueError('process group: got one that is initialised; accepted: none, '
+                         'a run under torchrun makes its own')
     if size > 1 and device == 'cuda':
         torch.cuda.set_device(local)
     if size > 1:

@@ -11,7 +11,7 @@ import dataclasses, functools, itertools, json, tomllib, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from ..config import Config, ConfigError, digest, identity, project_root, resolve
+from ..config import Config, ConfigError, digest, identity, project_root, reads as config_reads, resolve
 from .controlled import CONTROLLED, controlled_id
 from .downstream import DOWNSTREAM, as_read, measured_fields, resolve_downstream
 from ..records import PRETRAINING, RecordError, RunRecord
@@ -157,10 +157,12 @@ def planned_again(record: RunRecord, # of any kind
                  ) -> Planned:
     "What gives a record again: its own settings, less those of the machine. Raises `RecordError`."
     kind = next(k for k in KINDS.values() if k.kind.by in record.config)
-    fields = {f.name: f.metadata for f in dataclasses.fields(kind.kind.config)}
-    config = kind.kind.parse({k: v for k, v in record.config.items() if fields[k]['changes_result']})
-    before = [k for k in fields if getattr(config, k) is None and kind.kind.reads(config, k)]
-    more = {k: fields[k]['absent'] for k in before}
+    fields = {f.name: f for f in dataclasses.fields(kind.kind.config)}
+    config = kind.kind.parse({k: v for k, v in record.config.items() if fields[k].metadata['changes_result']})
+    reads = config_reads if kind is Planned else kind.kind.reads
+    more = {k: f.default for k, f in fields.items() if not reads(config, k)}
+    before = [k for k in fields if getattr(config, k) is None and k not in more]
+    more |= {k: fields[k].metadata['absent'] for k in before}
     if 'device' in fields:
         more['device'] = record.provenance['device']
     if kind is not Measurement:

@@ -9,7 +9,7 @@ __all__ = ['PRETRAINING', 'runs_folder', 'find_record', 'load_records', 'Setting
 import dataclasses, json
 from dataclasses import dataclass
 from pathlib import Path
-from ..config import Config, from_dict, project_root
+from ..config import Config, from_dict, project_root, reads
 from .folders import home_folder
 from .record import RunRecord, load_record
 
@@ -31,6 +31,8 @@ class Settings:
               name: str,      # of a field
              ) -> bool:
         "Whether this experiment reads the field."
+        if self.config is Config:
+            return reads(config, name)
         readers = self.config.__dataclass_fields__[name].metadata['readers']
         return readers is None or getattr(config, self.by) in readers
 

@@ -13,7 +13,9 @@ from conftest import ROOT
 from fault_harness import ARGS
 from PIL import Image
 
+from pid_ssl.__main__ import main
 from pid_ssl.config import Config, ConfigError, guarded
+from pid_ssl.experiments import sweep
 from pid_ssl.experiments.controlled import CONTROLLED, ControlledConfig, run_controlled
 from pid_ssl.experiments.downstream import DownstreamConfig, downstream_config, run_downstream
 from pid_ssl.experiments.pretrain import pretrain
@@ -50,6 +52,15 @@ def call(capfd):
         status = guarded(command, list(map(str, args)))
         return status, *capfd.readouterr()
     return run
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """What would be started is run in this process: seconds less for each, where that is not what is tested."""
+    def work(runs, workers, total):
+        for run in runs:
+            assert main(run.command[3:]) == 0, run.name
+    monkeypatch.setattr(sweep, "_work", work)
 
 
 def images(folder, shift):
@@ -114,7 +125,7 @@ def test_stopped_and_started_again(project, tmp_path, call):
     assert status == 0 and f"{len(run.metrics)} of {len(run.metrics)} numbers are the same" in out, out + err
 
 
-def test_another_copy_of_the_data(project, tmp_path, toys):
+def test_another_copy_of_the_data(project, tmp_path, toys, here):
     """Run ids differ then; the encoder that is measured is that of the new run, and the difference is named."""
     run = toys(project)
     task = measure(project, run, data_dir=str(tmp_path / "mine"))
@@ -146,7 +157,7 @@ def test_what_cannot_be_made_is_said(project, tmp_path, toys, call):
     assert ended == 0 and out.count("the same to the last digit") == 1, out + err
 
 
-def test_from_the_recipe(project, tmp_path, call):
+def test_from_the_recipe(project, tmp_path, call, here):
     """A figure's recipe gives its records again; a recipe is a name too; one that lacks a record is refused."""
     runs = [pretrain(Config(**ARGS | dict(loss="barlow", epochs=1, seed=s), home=str(project))) for s in (0, 1)]
     task = measure(project, runs[0])
@@ -179,7 +190,7 @@ def test_every_committed_record_is_in_a_recipe():
     assert {r.run_id for name in names for r in select(name, records)} == set(runs)
 
 
-def test_few_labels_from_before_the_policy_was_recorded(project, tmp_path):
+def test_few_labels_from_before_the_policy_was_recorded(project, tmp_path, here):
     run = pretrain(Config(**ARGS | dict(loss="barlow", epochs=1), home=str(project)))
     task = measure(project, run, task="low_label", fraction=0.05, draws=1, epochs=1)
     task.config["policy"] = "auto"
@@ -192,7 +203,7 @@ def test_few_labels_from_before_the_policy_was_recorded(project, tmp_path):
     assert reproduce(plan, tmp_path / "again")[task.run_id].provenance["started"] == started, "made once"
 
 
-def test_a_home_with_a_history(project, tmp_path, toys, call):
+def test_a_home_with_a_history(project, tmp_path, toys, call, here):
     """Another copy of the data, deleted weights, a control measured through another run, no place to write."""
     control = dict(weights="untrained", data_dir=str(tmp_path / "mine"))
     task = measure(project, toys(project), **control)
