@@ -179,7 +179,7 @@ def find(planned: list, # of `Planned`
     places = functools.cache(lambda images: {p.key(images): i for i, p in enumerate(planned)})
     kinds = {p.kind.by for p in planned}
     for r in records:
-        if kinds.isdisjoint(r.config) or r.config.get('run', next(iter(runs), None)) not in runs:
+        if kinds.isdisjoint(r.config) or 'run' in r.config and r.config['run'] not in runs:
             continue
         images = r.provenance['images']['train'] if 'task' in r.config else 0
         place = places(images).get(planned_again(r, runs).key(images))

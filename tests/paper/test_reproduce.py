@@ -15,7 +15,7 @@ from PIL import Image
 
 from pid_ssl.__main__ import main
 from pid_ssl.config import Config, ConfigError, guarded
-from pid_ssl.experiments import sweep
+from pid_ssl.experiments import controlled, sweep
 from pid_ssl.experiments.controlled import CONTROLLED, ControlledConfig, run_controlled
 from pid_ssl.experiments.downstream import DownstreamConfig, downstream_config, run_downstream
 from pid_ssl.experiments.pretrain import pretrain
@@ -61,6 +61,9 @@ def here(monkeypatch):
         for run in runs:
             assert main(run.command[3:]) == 0, run.name
     monkeypatch.setattr(sweep, "_work", work)
+    few = dict(PROBE_PAIRS={"train": 200, "val": 100, "test": 100}, AUDIT_PAIRS=200, PROBE_STEPS=20, AUDIT_STEPS=20)
+    for name, value in few.items():
+        monkeypatch.setattr(controlled, name, value)
 
 
 def images(folder, shift):
@@ -85,7 +88,7 @@ def measure(project, run, **more):
     return run_downstream(DownstreamConfig(run=run.run_id, home=str(project), threads=1, **more))
 
 
-def test_a_figure_again_and_what_was_changed_by_hand(project, tmp_path, call):
+def test_a_figure_again_and_what_was_changed_by_hand(project, tmp_path, call, here):
     run = pretrain(Config(**ARGS, home=str(project)))
     tasks = [measure(project, run, task=t, weights=w) for t, w in (
         ("classify", "pretrained"), ("classify", "untrained"), ("two_view", "pretrained"))]
@@ -108,7 +111,7 @@ def test_a_figure_again_and_what_was_changed_by_hand(project, tmp_path, call):
     assert load_record(path, downstream_config).metrics == record.metrics
 
 
-def test_stopped_and_started_again(project, tmp_path, call):
+def test_stopped_and_started_again(project, tmp_path, call, request):
     run = pretrain(Config(**ARGS | dict(epochs=30), home=str(project)))
     publish(project, long=[run.run_id])
     args = ("long", "--home", tmp_path / "again")
@@ -121,6 +124,7 @@ def test_stopped_and_started_again(project, tmp_path, call):
     first.send_signal(signal.SIGTERM)
     assert "goes on" in first.communicate(timeout=120)[1] and first.returncode == 143
     assert not (tmp_path / "again/reproduced.csv").exists() and not list(tmp_path.glob("again/data/runs/*.json"))
+    request.getfixturevalue("here")
     status, out, err = call(*args)
     assert status == 0 and f"{len(run.metrics)} of {len(run.metrics)} numbers are the same" in out, out + err
 
@@ -183,7 +187,8 @@ def test_every_committed_record_is_in_a_recipe():
     runs = {r.run_id: r for r in records}
     for r in records:
         planned = planned_again(r, runs)
-        assert find([planned], [r, *([runs[r.config["run"]]] if "run" in r.config else [])])[0][-1] is r, r.run_id
+        behind_it = [runs[r.config["run"]]] if "run" in r.config else []
+        assert r in find([planned], [r, *behind_it])[0], r.run_id
         if planned.kind is CONTROLLED:
             assert planned.settled() == r.run_id
     names = [p.stem for p in recipes_folder().glob("*.toml")]
