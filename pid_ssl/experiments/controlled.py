@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['ARMS', 'PID_ARMS', 'CONTRASTIVE', 'CONTROLLED', 'controlled_config', 'load_controlled', 'OBJECTIVES', 'PROBE_PAIRS',
            'AUDIT_PAIRS', 'PROBE_STEPS', 'AUDIT_STEPS', 'QUESTIONS', 'ATOMS', 'POLICY', 'ControlledConfig',
-           'controlled_id', 'bound', 'matched', 'Arm', 'build_arm', 'probes', 'run_controlled', 'main']
+           'controlled_id', 'bound', 'matched', 'Arm', 'build_arm', 'probes', 'run_controlled', 'command']
 
 # %% ../../nbs/experiments/76_controlled.ipynb #acdb140d
-import dataclasses, hashlib, sys, time, warnings
+import hashlib, sys, time, warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..config import ConfigError, check as _check, setting as _f, digest, read_args
+from ..config import Checked, ConfigError, digest, guarded, read_args, setting
 from ..data.trifeature import Trifeature
 from ..data.views import Policy, ViewMaker
 from ..evaluate import calibrate_batchnorm, linear_probe, mlp_probe
@@ -24,7 +24,7 @@ from ..losses import WMSE, BarlowTwins, PIDLoss, standardise
 from ..models import build_encoder, build_projector
 from ..pid import pid_samples
 from ..pid.critics import infonce
-from ..records import Kind, RecordError, RunRecord, StorageError
+from ..records import Kind, RunRecord
 
 # %% ../../nbs/experiments/76_controlled.ipynb #b054d6d2
 ARMS = {'clip': 'CLIP-like', 'comm': 'CoMM-like', 'barlow': 'Barlow Twins', 'wmse': 'W-MSE',
@@ -34,35 +34,34 @@ PID_ARMS = ('pid_coordinate', 'pid_gaussian', 'pid_infonce', 'pid_pairing')
 CONTRASTIVE = ('clip', 'comm', 'pid_pairing')
 
 @dataclass(frozen=True)
-class ControlledConfig:
+class ControlledConfig(Checked):
     "Everything a run of the benchmark can be told."
-    arm: str = _f('pid_pairing', 'objective', choices=tuple(ARMS))
-    pairing: str = _f('independent', 'training pairs: independent for R and U, inside the bijection for S',
+    arm: str = setting('pid_pairing', 'objective', choices=tuple(ARMS), group='What one changes first')
+    pairing: str = setting('independent', 'training pairs: independent for R and U, inside the bijection for S',
                       choices=('independent', 'inside'))
-    seed: int = _f(0, 'seed of data, weights and views; 100 and more for choosing settings', lo=0, hi=2**31 - 1)
-    steps: int = _f(1200, 'optimiser steps', lo=1, hi=1_000_000)
-    batch_size: int = _f(128, 'pairs a step; each image is augmented twice', lo=4, hi=65_536)
-    image_size: int = _f(32, 'pixels a side', lo=16, hi=64)
-    drawings: int = _f(20, 'drawings of each combination of shape, colour and texture', lo=1, hi=1000)
-    width: int = _f(16, 'channels of the first stage of each encoder', lo=4, hi=512)
-    dim: int = _f(64, 'width of the embeddings that are compared', lo=2, hi=4096)
-    fusion: int = _f(256, 'width of the fusion layer', lo=2, hi=4096)
-    lr: float = _f(2e-3, 'peak learning rate', lo=1e-8, hi=100.)
-    weight_decay: float = _f(1e-4, 'weight decay', lo=0., hi=10.)
-    warmup: float = _f(0.1, 'share of the steps spent warming up', lo=0., hi=0.9)
-    temperature: float = _f(0.1, 'of the contrastive scores', lo=1e-3, hi=100., losses=CONTRASTIVE)
-    beta: float = _f(-0.5, 'weight of redundancy minus synergy in L_beta', lo=-10., hi=10., losses=PID_ARMS)
-    pairing_weight: float = _f(0.2, 'weight of the pairing synergy', lo=0., hi=100., losses=('pid_pairing',))
-    decorrelation: float = _f(0.1, 'weight of feature redundancy', lo=0., hi=1e4,
-                              losses=('pid_coordinate', 'pid_gaussian'))
-    lambda_param: float = _f(0.05, "weight of Barlow Twins' off-diagonal term", lo=0., hi=1e4, losses=('barlow',))
-    home: str = _f(None, 'folder that gets data/controlled; default the project root', changes_result=False)
-    threads: int = _f(None, 'CPU threads; default $OMP_NUM_THREADS', lo=1, hi=1024, changes_result=False)
-    force: bool = _f(False, 'run again although a finished record exists', changes_result=False)
+    seed: int = setting(0, 'seed of data, weights and views; 100 and more for choosing settings', lo=0, hi=2**31 - 1)
+    steps: int = setting(1200, 'optimiser steps', lo=1, hi=1_000_000)
+    batch_size: int = setting(128, 'pairs a step; each image is augmented twice', lo=4, hi=65_536)
+    image_size: int = setting(32, 'pixels a side', lo=16, hi=64)
+    drawings: int = setting(20, 'drawings of each combination of shape, colour and texture', lo=1, hi=1000)
+    width: int = setting(16, 'channels of the first stage of each encoder', lo=4, hi=512)
+    dim: int = setting(64, 'width of the embeddings that are compared', lo=2, hi=4096)
+    fusion: int = setting(256, 'width of the fusion layer', lo=2, hi=4096)
+    lr: float = setting(2e-3, 'peak learning rate', lo=1e-8, hi=100.)
+    weight_decay: float = setting(1e-4, 'weight decay', lo=0., hi=10.)
+    warmup: float = setting(0.1, 'share of the steps spent warming up', lo=0., hi=0.9)
+    temperature: float = setting(0.1, 'of the contrastive scores', lo=1e-3, hi=100., readers=CONTRASTIVE)
+    beta: float = setting(-0.5, 'weight of redundancy minus synergy in L_beta', lo=-10., hi=10., readers=PID_ARMS)
+    pairing_weight: float = setting(0.2, 'weight of the pairing synergy', lo=0., hi=100., readers=('pid_pairing',))
+    decorrelation: float = setting(0.1, 'weight of feature redundancy', lo=0., hi=1e4,
+                              readers=('pid_coordinate', 'pid_gaussian'))
+    lambda_param: float = setting(0.05, "weight of Barlow Twins' off-diagonal term", lo=0., hi=1e4, readers=('barlow',))
+    home: str = setting(None, 'folder that gets data/controlled; default the project root', changes_result=False)
+    threads: int = setting(None, 'CPU threads; default $OMP_NUM_THREADS', lo=1, hi=1024, changes_result=False)
+    force: bool = setting(False, 'run again although a finished record exists', changes_result=False)
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, _check(f, getattr(self, f.name)))
+        super().__post_init__()
         if self.arm == 'wmse' and self.batch_size < 2*self.dim:
             raise ConfigError('batch_size', self.batch_size, f'from {2*self.dim} with arm wmse, twice dim')
 
@@ -340,21 +339,10 @@ def run_controlled(config: ControlledConfig, # what to run
     return experiment.make(work)
 
 # %% ../../nbs/experiments/76_controlled.ipynb #24066216
-def main(argv: list | None = None, # default the process's arguments
-        ) -> int:                  # exit status: 0; 2 bad input, 3 not finite, 4 not writable
-    "The command line; what goes wrong is one line on standard error."
-    try:
-        run_controlled(read_args(argv, ControlledConfig, 'python -m pid_ssl.experiments.controlled', 'Train, probe and record one arm.'))
-    except (ConfigError, RecordError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 2
-    except NonFiniteLoss as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 3
-    except StorageError as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 4
-    return 0
+def command(argv: list | None = None, # default the process's arguments
+           ) -> None:
+    "The command line."
+    run_controlled(read_args(argv, ControlledConfig, 'pid_ssl controlled', 'Train, probe and record one arm.'))
 
 if __name__ == '__main__' and '__file__' in globals():
-    sys.exit(main())  # not in a notebook
+    sys.exit(guarded(command, None))  # not in a notebook

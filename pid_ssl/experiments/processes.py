@@ -7,12 +7,12 @@ __all__ = ['STUCK_SECONDS', 'launched', 'cores', 'check_processes', 'GlobalBatch
            'Processes', 'join_processes', 'leave_when_stuck']
 
 # %% ../../nbs/experiments/71_processes.ipynb #171694b5
-import contextlib, os, re, signal, socket, sys, threading
+import contextlib, math, os, re, signal, socket, sys, threading
 from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import nn
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, step_images
 from ..losses import gather
 
 # %% ../../nbs/experiments/71_processes.ipynb #8c50773a
@@ -39,11 +39,14 @@ def check_processes(config: Config, # resolved
     if device == 'cuda' and here > torch.cuda.device_count():
         most = f'at most {torch.cuda.device_count()} processes on this machine, one a GPU'
         raise ConfigError('device', device, f'{most}; {here} were launched')
-    b = config.batch_size
-    if b % size or b < 2*size:
-        near = max(2, b//size)
-        raise ConfigError('batch_size', b, f'a multiple of {size}, the number of processes, from {2*size}: '
-                          f'{near*size} or {(near + 1)*size} are near')
+    b, images = config.batch_size, step_images(config)
+    views = 2*b//images  # a step has fewer images where each has more views
+    unit = size*views//math.gcd(2, size*views)
+    if images % size or images < 2*size:
+        near = max(2, b//unit)
+        what = 'the number of processes' if unit == size else f'for {size} processes and {views} views'
+        raise ConfigError('batch_size', b, f'a multiple of {unit}, {what}, from {2*unit}: '
+                          f'{near*unit} or {(near + 1)*unit} are near')
     if config.download:
         raise ConfigError('download', True, f'False with {size} processes, which would all write the same files: '
                           'let a single process download first')
@@ -94,7 +97,7 @@ class ProcessLost(RuntimeError):
     "Another process of this run has ended or cannot be reached; the message says where the same command goes on."
 
 class _Shared:
-    "What the processes of a run compute together."
+    # what the processes of a run compute together
     def __init__(self,
                  rank: int = 0, # of this process
                  size: int = 1, # processes

@@ -11,7 +11,7 @@ import dataclasses, functools, itertools, json, tomllib, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from ..config import Config, ConfigError, digest, identity, project_root, resolve
+from ..config import Config, ConfigError, digest, identity, project_root, reads as config_reads, resolve
 from .controlled import CONTROLLED, controlled_id
 from .downstream import DOWNSTREAM, as_read, measured_fields, resolve_downstream
 from ..records import PRETRAINING, RecordError, RunRecord
@@ -43,7 +43,7 @@ _resolved = functools.lru_cache(resolve)  # many measurements are of few encoder
 class Planned:
     "A record that a recipe asks for: a pretraining run."
     config: Config # of the kind that `kind` names
-    kind = PRETRAINING
+    kind, verb = PRETRAINING, 'pretrain' # of `pid_ssl`
 
     def settled(self,
                 images: int = 0, # training images of what is measured, where they are known
@@ -61,15 +61,24 @@ class Planned:
         "All settings."
         return dict(vars(self.config))
 
+    def at(self,
+           encoder: 'Planned' = None, # run that is measured
+           **machine,                 # fields such as home, device, threads, where the config has them
+          ) -> 'Planned':
+        "The same elsewhere."
+        machine = {k: v for k, v in {'device': self.device, **machine}.items() if hasattr(self.config, k)}
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **machine))
+
     def key(self,
             images: int = 0, # training images of what is measured, where they are known
            ) -> str:
         "A hash, the same for two that would leave one record."
         return digest([self.kind.name, self.settled(images), self.device])
 
+# %% ../../nbs/experiments/77_recipe.ipynb #58f87136
 class PlannedArm(Planned):
     "A run of the controlled benchmark."
-    kind = CONTROLLED
+    kind, verb = CONTROLLED, 'controlled'
 
     def settled(self, images=0):
         return controlled_id(self.config)
@@ -78,7 +87,7 @@ class PlannedArm(Planned):
 class Measurement(Planned):
     "A measurement of the encoder of a pretraining run."
     encoder: Config # of that run
-    kind = DOWNSTREAM
+    kind, verb = DOWNSTREAM, 'measure'
 
     def settled(self, images=0):
         run, weights = _resolved(self.encoder, self.device), self.config.weights
@@ -86,10 +95,14 @@ class Measurement(Planned):
         encoder = dict(pretrained=identity(run), untrained={k: getattr(run, k) for k in control}, pixels={})[weights]
         return [measured_fields(resolve_downstream(self.config, vars(run), images)), weights, encoder]
 
+    def at(self, encoder=None, **machine):
+        encoder = encoder or Planned(self.encoder).at(**{k: v for k, v in machine.items() if k != 'device'})
+        return dataclasses.replace(super().at(**machine), encoder=encoder.config)
+
     def fields(self):
         return vars(self.config) | {f'encoder_{k}': v for k, v in vars(self.encoder).items()}
 
-# %% ../../nbs/experiments/77_recipe.ipynb #7c3f284b
+# %% ../../nbs/experiments/77_recipe.ipynb #5cb1ff56
 KINDS = {'pretraining': Planned, 'downstream': Measurement, 'controlled': PlannedArm}
 
 def plan(recipe: dict | str | Path, # or its name
@@ -138,16 +151,18 @@ def _some(encoders, wanted):
         raise ConfigError('encoders', wanted, 'in a block fields and values that some of the encoders have')
     return some
 
-# %% ../../nbs/experiments/77_recipe.ipynb #8934313d
+# %% ../../nbs/experiments/77_recipe.ipynb #2ce87b9f
 def planned_again(record: RunRecord, # of any kind
                   runs: dict,        # run id -> `RunRecord` of pretraining
                  ) -> Planned:
     "What gives a record again: its own settings, less those of the machine. Raises `RecordError`."
     kind = next(k for k in KINDS.values() if k.kind.by in record.config)
-    fields = {f.name: f.metadata for f in dataclasses.fields(kind.kind.config)}
-    config = kind.kind.parse({k: v for k, v in record.config.items() if fields[k]['changes_result']})
-    before = [k for k in fields if getattr(config, k) is None and kind.kind.reads(config, k)]
-    more = {k: fields[k]['absent'] for k in before}
+    fields = {f.name: f for f in dataclasses.fields(kind.kind.config)}
+    config = kind.kind.parse({k: v for k, v in record.config.items() if fields[k].metadata['changes_result']})
+    reads = config_reads if kind is Planned else kind.kind.reads
+    more = {k: f.default for k, f in fields.items() if not reads(config, k)}
+    before = [k for k in fields if getattr(config, k) is None and k not in more]
+    more |= {k: fields[k].metadata['absent'] for k in before}
     if 'device' in fields:
         more['device'] = record.provenance['device']
     if kind is not Measurement:
@@ -164,7 +179,7 @@ def find(planned: list, # of `Planned`
     places = functools.cache(lambda images: {p.key(images): i for i, p in enumerate(planned)})
     kinds = {p.kind.by for p in planned}
     for r in records:
-        if kinds.isdisjoint(r.config) or r.config.get('run', next(iter(runs), None)) not in runs:
+        if kinds.isdisjoint(r.config) or 'run' in r.config and r.config['run'] not in runs:
             continue
         images = r.provenance['images']['train'] if 'task' in r.config else 0
         place = places(images).get(planned_again(r, runs).key(images))
@@ -178,7 +193,7 @@ def every_record(data: str | Path | None = None, # folder with runs, downstream,
     data = Path(data or project_root()/'data')
     return [r for kind in KINDS.values() for r in kind.kind.load(data/kind.kind.name)]
 
-# %% ../../nbs/experiments/77_recipe.ipynb #fb575a99
+# %% ../../nbs/experiments/77_recipe.ipynb #10ac652c
 def labels(planned: list, # of `Planned`
           ) -> list:      # of str
     "A name for each: the fields in which they differ."

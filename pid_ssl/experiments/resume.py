@@ -20,12 +20,12 @@ def checkpoints(folder: str | Path, # of a run's checkpoints
     return sorted(p for p in Path(folder).glob('epoch-*') if p.name[6:].isdigit() and len(p.name) == 12)
 
 def _modules(state):
-    "File stem -> module, those that have something to keep."
+    # file stem -> module, those that have something to keep
     parts = {'encoder': state.embed[0], 'projector': state.embed[1], 'loss': state.loss, 'teacher': state.teacher}
     return {k: m for k, m in parts.items() if m is not None and (k != 'loss' or m.state_dict())}
 
 def _random(state):
-    "Every random state that a step draws from."
+    # every random state that a step draws from
     views = {f'views.{k}': v for k, v in state.views.state().items()}
     device = {'cuda': torch.cuda.get_rng_state()} if state.device == 'cuda' else {}
     return {'torch': torch.get_rng_state(), **views, **device}
@@ -52,7 +52,7 @@ def save_state(state: Pretraining,   # between two steps
 _require = functools.partial(require, error=CheckpointError)
 
 def _numbers(rows):
-    "Whether these are rows of finite numbers."
+    # whether these are rows of finite numbers
     if not isinstance(rows, list) or not all(isinstance(r, dict) and r for r in rows):
         return False
     return all(type(v) in (int, float) and abs(v) < math.inf for r in rows for v in r.values())

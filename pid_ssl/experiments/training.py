@@ -93,7 +93,9 @@ def head_features(encoder: nn.Module, # of the config
                   channels: int,      # of the images
                  ) -> int | tuple:    # width of the features, or (c, h, w) of the maps
     "The shape of what the heads of a relation see."
-    if not reads(config, 'head') or config.head == 'pooled':
+    if not reads(config, 'head'):
+        return 0
+    if config.head == 'pooled':
         return encoder.num_features
     mode, image = encoder.training, torch.zeros(1, channels, config.image_size, config.image_size)
     shape = tuple(feature_maps(encoder.eval(), image).shape[1:])

@@ -10,8 +10,8 @@ __all__ = ['DataFile', 'Gallery', 'SMALLEST', 'SPLITS', 'TRACE', 'WIDTH', 'capti
 
 # %% ../../nbs/figures/80_figures.ipynb #10557374
 from .base import SMALLEST, WIDTH, ink, markdown_table, plotting, smallest_type, spread
-from .frames import (SPLITS, TRACE, caption, default_identity, frame, matching, methods, one_setting_each,
-                                    passes_caption, training_caption, value_of)
+from .frames import (SPLITS, TRACE, caption, default_identity, frame, matching, methods,
+                                    one_setting_each, passes_caption, training_caption, value_of)
 from .gallery import DataFile, Gallery, committed, data_file, show
 from .listings import drift, write_pages
 from .markers import fill_markers, fill_notebook

@@ -11,7 +11,7 @@ __all__ = ['SIZES', 'FAULTS', 'GENERATED', 'MARKS', 'measured', 'middle', 'turns
 # %% ../../nbs/figures/89_benchmarks.ipynb #1d263647
 import re
 import numpy as np
-from .base import WIDTH, legend_above, listed, plotting, table
+from .base import legend_above, listed, panels, plotting, table
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #050110f1
 def measured(*records: dict, # of benchmarks
@@ -19,17 +19,15 @@ def measured(*records: dict, # of benchmarks
     "Device, cores, threads, data, versions, day and commit, taken from the records."
     parts = [part for r in records for part in ([r] if 'provenance' in r else r.values())]
     found = [part['provenance'] for part in parts]
-    value = lambda name, by=', ': listed((str(p[name]) for p in found if name in p), by)
+    value = lambda name, by=' or ': listed((str(p[name]) for p in found if name in p), by)
     device = listed(p.get('processor', p['device']) for p in found)
-    out = [value('data'), device, _counted(value('cores', ' or '), 'core'), _counted(value('threads', ' or '), 'thread')]
+    out = [value('data', ', '), device, _counted(value('cores'), 'core'), _counted(value('threads'), 'thread')]
     versions = {k: v for p in found for k, v in p['versions'].items()}
     out += [f'{k} {versions[k]}' for k in versions if k in ('torch', 'torchvision', 'lightly', 'dit')]
-    if value('date'):
-        out.append(f"measured on {value('date', ' and ')}")
-    if value('git_commit'):
-        commits = ' and '.join(c[:7] for c in value('git_commit').split(', '))
-        out.append(f'commit {commits}')
-    return '. '.join([', '.join(filter(None, out)), *sorted({p['note'] for p in found if 'note' in p})]) + '.'
+    commits = ' and '.join(c[:7] for c in value('git_commit').split(' or '))
+    out += [f"measured on {value('date', ' and ')}" if value('date') else '', f'commit {commits}' if commits else '']
+    notes = sorted({p['note'] for p in found if 'note' in p})
+    return '. '.join([', '.join(filter(None, out)), *notes]) + '.'
 
 def _counted(number, unit):
     return f'{number} {unit}' + ('' if number == '1' else 's') if number else ''
@@ -48,44 +46,42 @@ def turns(values: list,    # one a turn
 def turns_caption(*records: dict, # view_speed or train_speed
                  ) -> str:        # sentences
     "What the medians and ratios are, and where they were measured."
-    return ('Median over turns (smallest to largest). A ratio is the median of the quotients turn by turn: it need not be the '
-            f'quotient of two medians. {measured(*records)}')
+    return ('Median over turns (smallest to largest). A ratio is the median of the quotients turn by turn: it need not '
+            f'be the quotient of two medians. {measured(*records)}')
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #a69d4451
 def pid_speed_table(record: dict, # pid_speed
                    ):             # pandas DataFrame of text
     "Decompositions: our time, the other side's, and how far apart the answers are."
-    b, head = record['broja'], ('what', 'size', 'pid_ssl s', 'other s', 'ratio', 'difference')
-    size, loose, dit = f"{b['tables']} tables 4x4x4, {b['sparse']} sparse", b['pid_discrete_tol_1e-7_s'], b['dit_s']
-    rows = [('BROJA, other: dit cone', size, f"{b['pid_discrete_s']:.3f}", f'{dit:.1f}', f"{b['ratio']:.0f}",
-             f"{b['largest_difference_bits']:.1e} bits"),
-            ('the same to a gap of 1e-7 nats', size, f'{loose:.3f}', f'{dit:.1f}', f'{dit/loose:.0f}', 'by certificate')]
+    b, bits = record['broja'], '{:.1e} bits'.format
+    size, dit = f"{b['tables']} tables 4x4x4, {b['sparse']} sparse", b['dit_s']
+    rows = [_against('BROJA, other: dit cone', size, b['pid_discrete_s'], dit, bits(b['largest_difference_bits'])),
+            _against('the same to a gap of 1e-7 nats', size, b['pid_discrete_tol_1e-7_s'], dit, 'by certificate')]
     for r in record['labels']:
-        ours, theirs = r['pid_discrete_cpu_s'], r.get('dit_cpu_s')
-        other = 'not measured', '', 'by certificate'
-        if theirs is not None:
-            other = f'{theirs:.1f}', f'{theirs/ours:.0f}', f"{r['difference_bits']:.1e} bits"
         size = f"1 table {'x'.join(map(str, r['cells']))}x{r['labels']}"
-        rows.append(('BROJA, other: dit cone, processor time', size, f'{ours:.3f}', *other))
+        apart = bits(r['difference_bits']) if 'dit_cpu_s' in r else 'by certificate'
+        ours, theirs = r['pid_discrete_cpu_s'], r.get('dit_cpu_s')
+        rows.append(_against('BROJA, other: dit cone, processor time', size, ours, theirs, apart))
     for g in record['gaussian']:
-        ours, theirs = g['closed_form_s'], g['search_s']
-        rows.append(('Gaussian union information, other: L-BFGS search, one start', f"d1 = d2 = dt = {g['d']}", f'{ours:.4f}',
-                     f'{theirs:.1f}', f'{theirs/ours:.0f}', f"{g['excess_nats']:+.1e} nats"))
-    return table([dict(zip(head, row)) for row in rows])
+        rows.append(_against('Gaussian union information, other: L-BFGS search, one start', f"d1 = d2 = dt = {g['d']}",
+                             g['closed_form_s'], g['search_s'], f"{g['excess_nats']:+.1e} nats", digits=4))
+    return table(rows)
+
+def _against(what, size, ours, theirs, apart, digits=3):
+    other, ratio = (f'{theirs:.1f}', f'{theirs/ours:.0f}') if theirs else ('not measured', '')
+    return {'what': what, 'size': size, 'pid_ssl s': f'{ours:.{digits}f}', 'other s': other, 'ratio': ratio,
+            'difference': apart}
 
 SIZES = (256, 64), (512, 128), (512, 512), (4096, 512), (512, 2048), (1024, 2048)  # n x d of the short table
 
 def loss_speed_table(record: dict, # loss_speed
                     ):             # pandas DataFrame of text
     "Processor time in ms, median over turns, and the ratio to Barlow Twins, of every loss at some sizes (n x d)."
-    cells, rows = {(r['loss'], r['n'], r['d']): r for r in record['rows']}, []
-    for loss in dict.fromkeys(r['loss'] for r in record['rows']):
-        row = {'loss, ms (ratio)': loss} | {f'{n} x {d}': '' for n, d in SIZES}
-        for n, d in SIZES:
-            if r := cells.get((loss, n, d)):
-                row[f'{n} x {d}'] = f"{1e3*r['cpu_s']:.1f} ({r['ratio_to_barlow']:.2f})"
-        rows.append(row)
-    return table(rows)
+    rows = {r['loss']: {'loss, ms (ratio)': r['loss']} | {f'{n} x {d}': '' for n, d in SIZES} for r in record['rows']}
+    for r in record['rows']:
+        if (r['n'], r['d']) in SIZES:
+            rows[r['loss']][f"{r['n']} x {r['d']}"] = f"{1e3*r['cpu_s']:.1f} ({r['ratio_to_barlow']:.2f})"
+    return table(rows.values())
 
 def loss_speed_cells(record: dict, # loss_speed
                     ):             # pandas DataFrame of text
@@ -97,8 +93,8 @@ def loss_speed_cells(record: dict, # loss_speed
 def loss_speed_caption(record: dict, # loss_speed
                       ) -> str:      # sentences
     "What the ratio is, and where it was measured."
-    return (f"{record['dtype']}, median over turns. A ratio is the median over turns of the quotient within a turn, with the "
-            'Barlow Twins of the session that measured the row: it need not be the quotient of two cells. '
+    return (f"{record['dtype']}, median over turns. A ratio is the median over turns of the quotient within a turn, "
+            'with the Barlow Twins of the session that measured the row: it need not be the quotient of two cells. '
             f'{measured(record)}')
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #da189edc
@@ -138,18 +134,21 @@ def eval_speed_table(record: dict, # eval_speed
                     ):             # pandas DataFrame of text
     "Seconds and accuracy of the fixed protocol, and of scikit-learn's logistic regression."
     e = record['rows']
-    accuracy = {'linear probe': e['linear']['accuracy'], '5-NN euclidean': e['knn5_euclidean'], '200-NN cosine': e['knn200_cosine']}
-    rows = [(k, s, f'{accuracy[k]:.2f}') for k, s in e['seconds'].items()] + [('together', sum(e['seconds'].values()), '')]
-    other = e['scikit_learn']
-    rows.append(('scikit-learn, one strength, converged', other['seconds'], f"{other['accuracy']:.2f}"))
-    return table([{'what': what, 'seconds': f'{s:.1f}', 'accuracy (%)': a} for what, s, a in rows])
+    other = 'scikit-learn, one strength, converged'
+    accuracy = {'linear probe': e['linear']['accuracy'], '5-NN euclidean': e['knn5_euclidean'],
+                '200-NN cosine': e['knn200_cosine'], other: e['scikit_learn']['accuracy']}
+    seconds = e['seconds'] | {'together': sum(e['seconds'].values()), other: e['scikit_learn']['seconds']}
+    correct = {what: f'{a:.2f}' for what, a in accuracy.items()}
+    return table([{'what': what, 'seconds': f'{s:.1f}', 'accuracy (%)': correct.get(what, '')}
+                  for what, s in seconds.items()])
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #60bc39ff
 FAULTS = {'killed_at_points': 'SIGKILL at every open, half-done write, sync, rename and removal, twice each',
           'killed_while_replacing': 'the same while a finished run is made again',
           'killed_at_random': 'SIGKILL at a random time'}
 GENERATED = {'configs and argument lists': ('configs', 'accepted'), 'changes to a record': ('records', 'records read'),
-             'changes to a checkpoint': ('checkpoints', 'checkpoints read'), 'changes to a Parquet file': ('parquet', 'parquet read')}
+             'changes to a checkpoint': ('checkpoints', 'checkpoints read'),
+             'changes to a Parquet file': ('parquet', 'parquet read')}
 
 def faults_table(record: dict, # faults
                 ):             # pandas DataFrame of text
@@ -169,7 +168,7 @@ def faults_table(record: dict, # faults
 
 def reproduced_table(record: list, # reproduced
                     ):             # pandas DataFrame of text
-    "What was made again, how much of it is the same to the last digit, the largest difference in an accuracy, and what differs besides."
+    "What was made again, how much of it is the same, the largest difference in an accuracy, what differs besides."
     rows = []
     for o in record:
         by_id = len(o['names']) > 1 and re.fullmatch(r'[0-9a-f]{16}', o['names'][0])
@@ -191,26 +190,29 @@ def reproduced_caption(record: list, # reproduced
                       ) -> str:      # a sentence
     "Device, threads, versions and commits of what was made again."
     device, date = (listed(o[k] for o in record) for k in ('device', 'date'))
-    torch, commits = listed(o['versions']['torch'] for o in record), listed(c[:7] for o in record for c in o['git_commit'])
-    threads = listed((t for o in record for t in o['threads']), ' or ')
-    return (f"The same: to the last digit. Made again on {device} with {_counted(threads, 'thread')}, torch {torch}, on {date}, "
-            f'commit {commits}.')
+    torch = listed(o['versions']['torch'] for o in record)
+    commits = listed(c[:7] for o in record for c in o['git_commit'])
+    threads = _counted(listed((t for o in record for t in o['threads']), ' or '), 'thread')
+    return (f'The same: to the last digit. Made again on {device} with {threads}, torch {torch}, on {date}, commit '
+            f'{commits}.')
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #d3036928
 # estimators in the order of the record: place in the palette, mark, line
-MARKS = (0, 'o', '-'), (1, 's', (0, (4, 1))), (2, 'D', (0, (1, 1))), (3, '^', '-.'), (4, 'v', '-'), (7, 'P', (0, (4, 1, 1, 1, 1, 1)))
+MARKS = ((0, 'o', '-'), (1, 's', (0, (4, 1))), (2, 'D', (0, (1, 1))), (3, '^', '-.'), (4, 'v', '-'),
+         (7, 'P', (0, (4, 1, 1, 1, 1, 1))))
 
 def plot_calibration(record: dict, # pid_error
                     ):             # matplotlib Figure
-    "Estimated atom by true atom against the number of samples: mean over seeds, line from the smallest to the largest; estimators side by side at each number, so that none hides another."
-    plt, sns, pd = plotting()
+    "Estimate by truth against the number of samples, mean and range over seeds; estimators side by side, none hidden."
+    _, sns, pd = plotting()
     data, colours = pd.DataFrame(record['rows']), sns.color_palette('colorblind')
     ways = data.estimator.unique()
-    fig, axes = plt.subplots(2, data.d.nunique(), figsize=(2*WIDTH, 4.0), sharex=True, sharey='row')
+    fig, axes = panels(2, data.d.nunique(), 4.0, sharex=True, sharey='row')
     for (top, bottom), (d, here) in zip(axes.T, data.groupby('d')):
         for ax, atom in ((top, 'redundancy'), (bottom, 'synergy')):
             for i, (way, (shade, mark, line)) in enumerate(zip(ways, MARKS)):
-                at = here[here.estimator == way].groupby('n')[atom].agg(['mean', 'min', 'max'])/record['truth'][str(d)][atom]
+                at = here[here.estimator == way].groupby('n')[atom].agg(['mean', 'min', 'max'])
+                at /= record['truth'][str(d)][atom]
                 x = at.index*1.09**(i - (len(ways) - 1)/2)
                 ax.plot(x, at['mean'], ls=line, marker=mark, ms=3, mew=0, lw=0.9, color=colours[shade], label=way)
                 ax.vlines(x, at['min'], at['max'], color=colours[shade], lw=1)
@@ -244,8 +246,8 @@ def calibration_caption(record: dict, # pid_error
                        ) -> str:      # one sentence
     "Distribution, seeds and device."
     seeds = len({r['seed'] for r in record['rows']})
-    return (f"Gaussian views, every coordinate with correlation {record['corr']:g} to the target, independent given it; "
-            f'{seeds} seeds; {measured(record)}')
+    return (f"Gaussian views, every coordinate with correlation {record['corr']:g} to the target, independent given "
+            f'it; {seeds} seeds; {measured(record)}')
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #4bebbc94
 def plot_speed(views: dict,  # view_speed
@@ -253,7 +255,7 @@ def plot_speed(views: dict,  # view_speed
                losses: dict, # loss_speed
               ):             # matplotlib Figure
     "Views, training steps and losses beside the others': median over turns as a bar, smallest to largest as a line."
-    fig, axes = plotting()[0].subplots(2, 2, figsize=(2*WIDTH, 4.0))
+    fig, axes = panels(2, 2, 4.0)
     rates = [(f'{side} ({policy})', [r['images_per_s'] for r in rs], side == 'pid_ssl')
              for policy, sides in views['rows'].items() for side, rs in sides.items()]
     _bars(axes[0, 0], rates, 'views: images a second')

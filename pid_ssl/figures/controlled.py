@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANCE', 'READ_FROM', 'PARTS', 'PROBES', 'CONTROLS', 'TITLES', 'ASKED', 'reported', 'measures',
-           'published_trifeature', 'trifeature_table', 'audit_table', 'paired_table', 'plot_trifeature',
+           'published_trifeature', 'in_order', 'trifeature_table', 'audit_table', 'paired_table', 'plot_trifeature',
            'trifeature_caption', 'probes_caption', 'audit_caption']
 
 # %% ../../nbs/figures/83_controlled.ipynb #ec858e54
@@ -13,7 +13,7 @@ import numpy as np
 from ..config import project_root
 from ..data.trifeature import TRUTH
 from ..experiments.controlled import ARMS
-from .base import WIDTH, interval, legend_above, listed, plotting, spread, table
+from .base import interval, legend_above, listed, panels, plotting, spread, table
 
 # %% ../../nbs/figures/83_controlled.ipynb #a1aad830
 CHANCE = {'R': 10, 'U': 10, 'S': 50}
@@ -28,7 +28,7 @@ TITLES = {**ARMS, **CONTROLS}
 
 def reported(records: list, # of `controlled_benchmark`
             ) -> list:
-    "The records without those of the seeds that chose the settings (100 and more); raises `ValueError` when an arm was run twice with one seed, in two settings."
+    "Records without the seeds that chose the settings (from 100); raises `ValueError` for two settings of an arm."
     out, seen = [r for r in records if r.config['seed'] < 100], {}
     for r in out:
         arm, pairing, seed = key = tuple(r.config[k] for k in ('arm', 'pairing', 'seed'))
@@ -40,7 +40,7 @@ def reported(records: list, # of `controlled_benchmark`
 
 def measures(records: list, # of `controlled_benchmark`
             ):              # pandas DataFrame: arm, seed, question, probe, accuracy in percent
-    "One row a seed, arm, question and probe; the untrained network is the arm `untrained`, once a seed and question, and the untrained fused layer of `pid_infonce` the arm `untrained_pid_infonce`."
+    "One row a seed, arm, question and probe; what is untrained is an arm of `CONTROLS`, once a seed and question."
     rows = []
     for r in records:
         for question in [q for q, pairing in READ_FROM.items() if pairing == r.config['pairing']]:
@@ -68,23 +68,31 @@ def published_trifeature() -> dict: # method -> {R, U, S} in percent, its networ
     return out
 
 # %% ../../nbs/figures/83_controlled.ipynb #2d7c32f2
+def in_order(data: object, # of `measures`
+            ) -> list:     # of (arm, its rows)
+    "Arms in the order of `TITLES`."
+    return sorted(data.groupby('arm'), key=lambda group: list(TITLES).index(group[0]))
+
 def trifeature_table(records: list, # of `controlled_benchmark`
                     ):              # pandas DataFrame of text
     "Accuracy by arm, mean ± standard deviation over seeds, and the processor time of a run; published values below."
     data, rows = measures(records), []
-    for arm in [a for a in TITLES if a in set(data.arm)]:
-        d, cost = data[data.arm == arm], [r.provenance for r in records if r.config['arm'] == arm]
+    for arm, d in in_order(data):
+        cost = [r.provenance for r in records if r.config['arm'] == arm]
         cells = {(p, q): v for (p, q), v in d.groupby(['probe', 'question']).accuracy}
         values = {f'{q} {PROBES[p][0]}': spread(cells[p, q]) if (p, q) in cells else '' for p in PROBES for q in CHANCE}
         passes, seconds = ([c[k] for c in cost if c.get(k) is not None] for k in ('image_passes', 'cpu_seconds'))
-        rows.append({'arm': TITLES[arm], 'seeds (R, U, S)': ', '.join(str(d[d.question == q].seed.nunique()) for q in CHANCE),
-                     **values, 'image passes': f'{np.mean(passes)/1e6:.2f} M' if passes else '',
-                     'processor s a run (median)': f'{np.median(seconds):.0f}' if seconds else '', 'source': 'measured here'})
+        seeds = [str(d[d.question == q].seed.nunique()) for q in CHANCE]
+        rows.append({'arm': TITLES[arm], 'seeds (R, U, S)': ', '.join(seeds), **values,
+                     'image passes': f'{np.mean(passes)/1e6:.2f} M' if passes else '',
+                     'processor s a run (median)': f'{np.median(seconds):.0f}' if seconds else '',
+                     'source': 'measured here'})
     for name, v in published_trifeature().items():
         rows.append({'arm': f"{name}, published ({v['network']})", **{f'{q} linear': f'{v[q]:.1f}' for q in CHANCE},
                      'source': v['source']})
     return table(rows)
 
+# %% ../../nbs/figures/83_controlled.ipynb #4e10142b
 # question -> what it is about, and the kind of pairs it is asked on
 ASKED = {'R': ('shape', 'independent'), 'U1': ('texture 1', 'independent'), 'U2': ('texture 2', 'independent'),
          'S': ('the match', 'inside')}
@@ -92,7 +100,8 @@ ASKED = {'R': ('shape', 'independent'), 'U1': ('texture 1', 'independent'), 'U2'
 def audit_table(records: list, # of `controlled_benchmark`
                ):              # pandas DataFrame of text
     "Estimated atoms of the features about each question, in bits, with the truth in the first row; mean over seeds."
-    rows = [{'arm': 'truth'}] + [{'arm': title} for arm, title in ARMS.items() if any(r.config['arm'] == arm for r in records)]
+    there = {r.config['arm'] for r in records}
+    rows = [{'arm': 'truth'}, *({'arm': title} for arm, title in ARMS.items() if arm in there)]
     for q, (what, pairing) in ASKED.items():
         (atom, bits), = TRUTH[q].items()
         column, rest = f'{atom} about {what}, bits', f'other atoms ({q}), bits'
@@ -110,7 +119,7 @@ def paired_table(records: list,            # of both arms
                  ours: str = 'pid_pairing',# an arm
                  baseline: str = 'comm',   # another
                 ):                         # pandas DataFrame of text
-    "Difference ours - baseline over the seeds both have, in points, with the 95 % interval of Student's t; both read from the same layer."
+    "Ours less the baseline over the seeds both have, in points, with a 95 % interval; both read from the same layer."
     data, rows = measures(records), []
     wide = data.pivot(index=['question', 'probe', 'seed'], columns='arm', values='accuracy')
     wide = wide.reindex(columns=[ours, baseline]).dropna()
@@ -119,20 +128,21 @@ def paired_table(records: list,            # of both arms
         for probe, (name, _, _) in PROBES.items():
             d = both[(both.index.get_level_values(0) == question) & (both.index.get_level_values(1) == probe)]
             if len(d) > 1:
-                rows.append({'comparison': f'{TITLES[ours]} - {TITLES[baseline]}', 'question': question, 'probe': name,
-                             'paired seeds': str(len(d)), 'difference': f'{d.mean():+.2f}', '95 % interval': interval(d)})
+                rows.append({'comparison': f'{TITLES[ours]} - {TITLES[baseline]}', 'question': question,
+                             'probe': name, 'paired seeds': str(len(d)), 'difference': f'{d.mean():+.2f}',
+                             '95 % interval': interval(d)})
     return table(rows)
 
 # %% ../../nbs/figures/83_controlled.ipynb #41a51be4
 def plot_trifeature(records: list, # of `controlled_benchmark`
                    ):              # matplotlib Figure
     "Accuracy of the three questions by arm and probe: every seed a mark, the mean a bar, chance dotted."
-    plt, sns, _ = plotting()
     data = measures(records)
-    arms = [a for a in TITLES if a in set(data.arm)][::-1]
-    blue, orange, green = sns.color_palette('colorblind')[:3]
-    marks = {'fused': (green, 'D', 2.5, green, 0.27), 'linear': (blue, 'o', 3, blue, 0.), 'mlp': (orange, 'o', 3, 'w', -0.27)}
-    fig, axes = plt.subplots(1, 3, figsize=(2*WIDTH, 0.8 + 0.32*len(arms)), sharey=True)
+    arms = [arm for arm, _ in in_order(data)][::-1]
+    blue, orange, green = plotting()[1].color_palette('colorblind')[:3]
+    marks = {'fused': (green, 'D', 2.5, green, 0.27), 'linear': (blue, 'o', 3, blue, 0.),
+             'mlp': (orange, 'o', 3, 'w', -0.27)}
+    fig, axes = panels(1, 3, 0.8 + 0.32*len(arms), sharey=True)
     for ax, (q, chance) in zip(axes, CHANCE.items()):
         for probe, (colour, mark, size, face, shift) in marks.items():
             d = data[(data.question == q) & (data.probe == probe)]
@@ -149,6 +159,7 @@ def plot_trifeature(records: list, # of `controlled_benchmark`
     legend_above(fig, axes[:1], 4, handletextpad=0.4, columnspacing=1.2)
     return fig
 
+# %% ../../nbs/figures/83_controlled.ipynb #945044dc
 def trifeature_caption(records: list, # of one figure
                       ) -> str:       # one sentence
     "Construction, seeds, cost and device, taken from the records."
@@ -174,13 +185,14 @@ def _seeds(records, pairing):
 def probes_caption(records: list, # of one figure or table of accuracies
                   ) -> str:       # sentences
     "The caption, and which layer each probe reads."
-    return (f'{trifeature_caption(records)} Linear and MLP probes read the concatenated features of the two encoders; the '
-            'fused linear probe reads the layer that fuses them, in the arms that train one, and the untrained network\'s '
-            'layer of the same kind.')
+    return (f'{trifeature_caption(records)} Linear and MLP probes read the concatenated features of the two encoders; '
+            'the fused linear probe reads the layer that fuses them, in the arms that train one, and the untrained '
+            "network's layer of the same kind.")
 
 def audit_caption(records: list, # of the table of the audit
                  ) -> str:       # sentences
     "The caption, the unit, and why an estimate may be negative."
-    return (f'Bits. {trifeature_caption(records)} Three critics, for I1, I2 and I12, are fitted apart and read on pairs they '
-            'were not fitted to; atoms are differences of the three. What is below zero, because the critic of the pair found '
-            'less than that of one view or a critic less than nothing, is an error of the estimate and not an atom.')
+    return (f'Bits. {trifeature_caption(records)} Three critics, for I1, I2 and I12, are fitted apart and read on '
+            'pairs they were not fitted to; atoms are differences of the three. What is below zero, because the critic '
+            'of the pair found less than that of one view or a critic less than nothing, is an error of the estimate '
+            'and not an atom.')

@@ -9,18 +9,17 @@ __all__ = ['PAIRS', 'plot_beta', 'dotted', 'beta_table', 'ablation_table', 'pair
 # %% ../../nbs/figures/84_curves.ipynb #d5315083
 import itertools
 from ..config import ACCURACIES, LOSS_TABLE, METRICS
-from .base import (SHORT, WIDTH, half_width, interval, label_rows, legend_above, listed, plot_differences,
-                                  plot_means, plotting, table)
+from .base import (SHORT, half_width, interval, label_rows, legend_above, listed, panels,
+                                  plot_differences, plot_means, table)
 from .frames import frame, images_of, methods, one_setting_each, setting
 from .runs import accuracies, atoms
 
 # %% ../../nbs/figures/84_curves.ipynb #10d2c1c8
 def plot_beta(records: list, # of loss pid that differ in beta and seed, and optionally barlow's for comparison
              ):              # matplotlib Figure
-    "Accuracy, and the correlations after training, against beta: every seed a dot, the mean a line, Barlow Twins dotted."
-    plt, _, _ = plotting()
+    "Accuracy, and correlations after training, against beta: every seed a dot, the mean a line, Barlow Twins dotted."
     data, others = (frame([r for r in records if r.config['loss'] == loss]) for loss in ('pid', 'barlow'))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(2*WIDTH, 2.4))
+    fig, (left, right) = panels(1, 2, 2.4)
     for i, key in enumerate(ACCURACIES):
         plot_means(left, data.beta, data[key], METRICS[key].label, f'C{i}')
         if len(others):
@@ -35,21 +34,22 @@ def plot_beta(records: list, # of loss pid that differ in beta and seed, and opt
     right.set(xlabel='beta', ylabel='correlation, held-out views')
     return fig
 
-def dotted(ax, # matplotlib Axes
+def dotted(ax: object, # matplotlib Axes
           ) -> None:
     "Say above a panel what the dotted lines are."
     ax.annotate('dotted: Barlow Twins', (0.0, 1.03), xycoords='axes fraction', fontsize=6.5, color='0.35')
 
 def beta_table(records: list, # of loss pid that differ in beta and seed
               ):              # pandas DataFrame of text
-    "Accuracy by beta, mean ± standard deviation over seeds, and correlations and atoms of the same split, means over seeds."
-    return table([{'beta': f'{beta:g}', 'seeds': str(len(d)), **accuracies(d), **atoms(d, ('a', 'c', 'redundancy', 'synergy'))}
+    "Accuracy by beta, and correlations and atoms of the same split, over seeds."
+    shown = 'a', 'c', 'redundancy', 'synergy'
+    return table([{'beta': f'{beta:g}', 'seeds': str(len(d)), **accuracies(d), **atoms(d, shown)}
                   for beta, d in frame(records).groupby('beta')])
 
 # %% ../../nbs/figures/84_curves.ipynb #58605d01
 def ablation_table(records: list, # of one dataset and split
                   ):              # pandas DataFrame of text
-    "Accuracy by setting, each named by how it differs from the default of its loss; best linear accuracy first within a loss and a number of epochs."
+    "Accuracy by setting, named by what differs from the default; best first within a loss and a number of epochs."
     data, names, rows = frame(records), {r.run_id: setting(r) for r in records}, []
     for loss, runs in data.assign(setting=data.run_id.map(names)).groupby('loss', sort=False):
         best_first = lambda group: (group[0][0], -group[1][ACCURACIES[0]].mean())
@@ -69,9 +69,9 @@ def pair_title(ours: str,     # a loss
     "The name of a comparison."
     return LOSS_TABLE[ours].title + sign + LOSS_TABLE[baseline].title
 
-def paired_rows(records: list, # of one preset and split: defaults of each loss, at one or several lengths, on one or several datasets
-               ) -> list:      # of dicts: dataset, pair, at, passes of both, metric, differences over the seeds both have (points), runs (ids)
-    "Each of `PAIRS` on each dataset and in each accuracy; pairs with fewer than two common seeds are left out. Raises `ValueError` where a loss has several settings of one length."
+def paired_rows(records: list, # defaults of each loss, at one or several lengths, on one or several datasets
+               ) -> list:      # of dicts: dataset, pair, at, passes of both, metric, differences (points), runs (ids)
+    "Each of `PAIRS` with two common seeds, by dataset and accuracy; raises `ValueError` for two settings of a length."
     one_setting_each(records)
     return [row for dataset, here in frame(records).groupby('dataset') for pair in PAIRS
             for lengths in itertools.product(*(here[here.loss == loss].groupby('epochs') for loss in pair))
@@ -94,7 +94,7 @@ def _paired(dataset, pair, lengths):
 
 def headline_table(records: list, # as for `paired_rows`
                   ):              # pandas DataFrame of text
-    "Difference ours - baseline over the seeds both have, in points, with the 95 % interval of Student's t; the dataset where there are several."
+    "Ours less the baseline over the seeds both have, in points, with a 95 % interval; the dataset of several."
     several, out = len({r.config['dataset'] for r in records}) > 1, []
     for r in paired_rows(records):
         d = r['differences']
@@ -108,15 +108,14 @@ def headline_table(records: list, # as for `paired_rows`
 # %% ../../nbs/figures/84_curves.ipynb #6289efee
 def plot_headline(records: list, # as for `paired_rows`
                  ):              # matplotlib Figure
-    "A panel a comparison: difference in each accuracy on each dataset, every seed a small dot, the mean with its 95 % interval."
-    plt, _, _ = plotting()
+    "A panel a comparison: each accuracy on each dataset, every seed a small dot, the mean with its 95 % interval."
     found, names = paired_rows(records), [METRICS[k].label for k in ACCURACIES]
     pairs = [p for p in PAIRS if any(r['pair'] == p for r in found)]
     datasets, seeds = list(dict.fromkeys(r['dataset'] for r in found)), {}
     for r in found:
         seeds.setdefault(r['dataset'], set()).add(len(r['differences']))
-    size = 2*WIDTH, 0.9 + 0.16*len(names)*len(datasets)
-    fig, axes = plt.subplots(1, len(pairs), figsize=size, sharex=True, sharey=True, squeeze=False)
+    height = 0.9 + 0.16*len(names)*len(datasets)
+    fig, axes = panels(1, len(pairs), height, sharex=True, sharey=True, squeeze=False)
     for ax, pair in zip(axes[0], pairs):
         for r in [r for r in found if r['pair'] == pair]:
             i, d = datasets.index(r['dataset']), r['differences']
@@ -130,7 +129,7 @@ def plot_headline(records: list, # as for `paired_rows`
 
 def headline_caption(records: list, # as for `paired_rows`
                     ) -> str:       # two sentences
-    "Datasets with their size, lengths, split, device and settings of the runs that have a pair, and which have none yet."
+    "Datasets with their size, lengths, split, device and settings of runs that have a pair, and which have none yet."
     paired = {i for row in paired_rows(records) for i in row['runs']}
     place = lambda r: (r.config['loss'], r.config['dataset'])
     used = [r for r in records if r.run_id in paired]

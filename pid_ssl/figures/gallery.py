@@ -51,7 +51,7 @@ def read_manifest(folder: str | Path | None = None, # default the project's figu
     for name, entry in manifest.items():
         known = isinstance(entry, dict) and isinstance(entry.get('notebook'), str)
         hashes = entry.get('output_hashes') if known else None
-        if not isinstance(hashes, dict) or not all(plain(*pair) for pair in hashes.items()):
+        if not isinstance(hashes, dict) or not all(map(plain, hashes, hashes.values())):
             raise ValueError(f'{path}: entry {name!r} has no notebook or no output_hashes of plain file names; '
                              'accepted: entries as `add` writes them (delete the file to rebuild every figure)')
     return manifest
@@ -131,7 +131,7 @@ class Gallery:
     def add(self,
             name: str,     # stem of the files
             records: list, # of `RunRecord`
-            make: Callable,# of the records, or of each file's content where there are none: gives a Figure or a DataFrame
+            make: Callable,# of the records, or of each file's content where there are none; a Figure or a DataFrame
             note: str = '',# goes before the caption
             describe: Callable = caption, # of the same, gives the caption
             files: tuple = (), # of `DataFile`
@@ -144,20 +144,12 @@ class Gallery:
             raise ValueError(f'{name} is made twice; accepted: a name of its own for each')
         self.seen.append(name)
         inputs = input_hash(records, files, style_of(make, describe), note)
-        if not self.is_fresh(name, inputs):
+        if self.manifest.get(name, {}).get('input_hash') != inputs or self.changed(name):
             given = [records] if records else [f.content for f in files]
             text = ' '.join(filter(None, (note, describe(*given))))
             self._write(name, make(*given), text, records, files, inputs)
         self.manifest[name] |= dict(topic=self.topic, recipes=list(recipes))
         return [self.folder/f for f in self.manifest[name]['output_hashes']]
-
-    def is_fresh(self,
-                 name: str,   # of an entry
-                 inputs: str, # its input hash
-                ) -> bool:
-        "Whether the files are those of the manifest, made from this."
-        entry = self.manifest.get(name, {})
-        return entry.get('input_hash') == inputs and bool(entry['output_hashes']) and not self.changed(name)
 
     def changed(self,
                 name: str, # of an entry

@@ -58,6 +58,7 @@ def fill_markers(text: str,                       # Markdown with markers
     marker = r'(<!-- (table|value|caption) ([a-z0-9_]+(?: \| [^\n]+?)?) -->).*?<!-- end -->'
     return re.sub(marker, filled, text, flags=re.S)
 
+# %% ../../nbs/figures/81_markers.ipynb #dfc33570
 def fill_notebook(path: str | Path,                # of a notebook
                   folder: str | Path | None = None,# default the project's figures/
                  ) -> str:                         # its text, with the markers in Markdown cells filled

@@ -9,8 +9,8 @@ __all__ = ['LEVELS', 'STRENGTHS', 'plot_plane', 'setting_means', 'spearman_inter
 # %% ../../nbs/figures/87_relations.ipynb #1405e0fb
 import numpy as np
 from ..config import ACCURACIES, LOSS_TABLE, METRICS, digest
-from .base import WIDTH, ink, legend_above, plotting, table
-from .frames import TRACE, caption, frame, setting, without_seed
+from .base import ink, legend_above, listed, panels, plotting, table
+from .frames import by_loss, caption, frame, setting, traced, without_seed
 from ..pid import scalar_atoms
 
 # %% ../../nbs/figures/87_relations.ipynb #9749af87
@@ -20,16 +20,15 @@ LEVELS = {'redundancy R': ((0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7), lambda v:
 
 def plot_plane(records: list, # of one dataset; one setting a loss
               ):              # matplotlib Figure
-    "Contours of R and S over (a, c), and the way of each loss through training: mean over seeds, open at the first epoch, filled at the last."
-    plt, _, _ = plotting()
+    "Contours of R and S over (a, c), and each loss's way through training, from open to filled: means over seeds."
     paths = []
     for row in LOSS_TABLE.values():
-        runs = [[[e[f'{TRACE}_{k}'] for e in r.history] for k in 'ac'] for r in records if r.config['loss'] == row.name]
-        if runs:
-            paths.append((row, len(runs), np.mean(runs, 0)))
+        runs = np.array([traced(records, row.name, k) for k in 'ac'])
+        if runs.size:
+            paths.append((row, runs.shape[1], runs.mean(1)))
     seen = np.concatenate([at for _, _, at in paths], 1)
     low, high = np.clip(seen.min(1) - 0.1, 0, 1), np.clip(seen.max(1) + 0.1, 0, 1)
-    fig, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 3.2), sharex=True, sharey=True)
+    fig, axes = panels(1, 2, 3.2, sharex=True, sharey=True)
     for ax, name in zip(axes, LEVELS):
         _contours(ax, name, low, high)
         for row, number, at in paths:
@@ -70,8 +69,8 @@ def setting_means(records: list, # of one dataset, preset and split
     for _, d in data.groupby(data.run_id.map(lambda i: digest(without_seed(about[i]))), sort=False):
         first = d.iloc[0]
         means = {k.removeprefix('pid_coordinate_'): d[k].to_numpy().mean() for k in METRICS if k in d}
-        rows.append({'seeds': len(d), 'loss': first.loss, 'setting': setting(about[first.run_id]), 'epochs': first.epochs,
-                     'beta': first.beta if first.loss == 'pid' else np.nan, **means})
+        rows.append({'seeds': len(d), 'loss': first.loss, 'setting': setting(about[first.run_id]),
+                     'epochs': first.epochs, 'beta': first.beta if first.loss == 'pid' else np.nan, **means})
     return plotting()[2].DataFrame(rows)
 
 def spearman_interval(x: np.ndarray,      # one number a setting
@@ -92,8 +91,8 @@ def spearman_interval(x: np.ndarray,      # one number a setting
         rho = (rx*ry).sum(1)/np.sqrt((rx**2).sum(1)*(ry**2).sum(1))  # nan where one setting was drawn throughout
     return float(rho[0]), *map(float, np.nanpercentile(rho[1:], (2.5, 97.5)))
 
-def families(means, # of `setting_means`
-            ) -> dict: # name -> some of its rows
+def families(means: object, # of `setting_means`
+            ) -> dict:      # name -> some of its rows
     "All settings, the defaults of the losses, and the betas of one length, that of most settings."
     curve = means[(means.loss == 'pid') & means.setting.str.fullmatch(r'default|beta = [^,]+')]
     if len(curve):
@@ -103,11 +102,10 @@ def families(means, # of `setting_means`
 # %% ../../nbs/figures/87_relations.ipynb #7e7a1b91
 def plot_relation(records: list, # of one dataset, preset and split
                  ):              # matplotlib Figure
-    "Linear accuracy against redundancy and synergy: a small mark a run, a large one the mean of a setting, square where it was trained for fewer epochs; rings are settings other than the default of a loss; those of the beta curve are joined by a line."
-    plt, _, _ = plotting()
+    "Linear accuracy against R and S: a dot a run, a large mark a setting, a square of fewer epochs, a ring no default."
     data, means = frame(records), setting_means(records)
     groups = [(LOSS_TABLE[loss], d, means[means.loss == loss]) for loss, d in data.groupby('loss', sort=False)]
-    fig, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 2.9), sharey=True)
+    fig, axes = panels(1, 2, 2.9, sharey=True)
     for ax, atom in zip(axes, ('redundancy', 'synergy')):
         _join_betas(ax, families(means)['beta curve'].sort_values('beta'), atom)
         for row, d, m in groups:
@@ -124,9 +122,9 @@ def plot_relation(records: list, # of one dataset, preset and split
         ax.annotate('\n'.join(lines), (0.98, 0.02), xycoords='axes fraction', ha='right', va='bottom', fontsize=6.5)
         ax.set(xlabel=f'{atom} (nats per coordinate)')
     axes[0].set_ylabel('linear accuracy (%)')
-    dot = dict(ls='', marker='o', ms=6, mew=0.6, mec='w')
-    shown = [plt.Line2D([], [], color=row.colour, label=row.title, **dot) for row, _, _ in groups]
-    fig.legend(handles=shown, frameon=False, loc='outside upper center', ncols=4, handlelength=1, columnspacing=1.5)
+    for row, _, _ in groups:  # for the legend alone
+        axes[0].plot([], [], 'o', ms=6, mew=0.6, mec='w', color=row.colour, label=row.title)
+    legend_above(fig, axes[:1], 4, handlelength=1, columnspacing=1.5)
     return fig
 
 def _join_betas(ax, curve, atom):
@@ -138,6 +136,7 @@ def _join_betas(ax, curve, atom):
         ax.annotate(f'beta {row.beta:g}', (row[atom], row.linear_logreg), (6, -9), textcoords='offset points',
                     fontsize=6.5, color=ink(shade))
 
+# %% ../../nbs/figures/87_relations.ipynb #ed4e046f
 def relation_table(records: list, # of one dataset, preset and split
                   ):              # pandas DataFrame of text
     "Spearman's rank correlation of atoms with accuracy over settings, with bootstrap intervals."
@@ -145,7 +144,8 @@ def relation_table(records: list, # of one dataset, preset and split
     for family, d in families(setting_means(records)).items():
         for atom in ('redundancy', 'synergy', 'i12', 'c') if len(d) >= 4 else ():
             found = {k: spearman_interval(d[atom], d[k]) for k in ACCURACIES}
-            cells = {f'with {METRICS[k].label}': '{:+.2f} ({:+.2f} to {:+.2f})'.format(*rho) for k, rho in found.items()}
+            form = '{:+.2f} ({:+.2f} to {:+.2f})'
+            cells = {f'with {METRICS[k].label}': form.format(*rho) for k, rho in found.items()}
             rows.append({'over': family, 'settings': str(len(d)), 'runs': str(int(d.seeds.sum())),
                          'of': METRICS[f'pid_coordinate_{atom}'].title, **cells})
     return table(rows)
@@ -155,23 +155,20 @@ def relation_caption(records: list, # of one figure or table
     "The caption with what the settings are: which are in two families, and which losses count more than once."
     means = setting_means(records)
     _, losses, curve = families(means).values()
-    both = sorted({LOSS_TABLE[x].title for x in losses.loss[losses.index.isin(curve.index)]})
-    out = [f"The default of {' and '.join(both)} is in both families, the losses and the beta curve."] if both else []
-    for x, d in losses.groupby('loss'):
-        if len(d) > 1:
-            lengths = ' and '.join(map(str, sorted(d.epochs)))
-            out.append(f'{LOSS_TABLE[x].title} counts as {len(d)} settings ({lengths} epochs).')
-    rest = [f'{LOSS_TABLE[m.loss].title} with {m.setting}' for m in means.drop(losses.index.union(curve.index)).itertuples()]
-    if rest:
-        out.append(f"In neither family: {'; '.join(rest)}.")
-    return ' '.join([*out, caption(records)])
+    both = listed((LOSS_TABLE[x].title for x in losses.loss[losses.index.isin(curve.index)]), ' and ')
+    several = {LOSS_TABLE[x].title: sorted(d.epochs) for x, d in losses.groupby('loss') if len(d) > 1}
+    others = means.drop(losses.index.union(curve.index))
+    rest = '; '.join(f'{LOSS_TABLE[m.loss].title} with {m.setting}' for m in others.itertuples())
+    out = [f'The default of {both} is in both families, the losses and the beta curve.' if both else '',
+           *(f"{title} counts as {len(lengths)} settings ({' and '.join(map(str, lengths))} epochs)."
+             for title, lengths in several.items()), f'In neither family: {rest}.' if rest else '', caption(records)]
+    return ' '.join(filter(None, out))
 
 def pid_table(records: list, # of one dataset, preset and split
              ):              # pandas DataFrame of text
-    "The PID audit: informations and atoms of held-out views about the clean embedding by setting, nats per coordinate, mean over seeds."
+    "The PID audit: what held-out views tell about the clean embedding, by setting; nats per coordinate, over seeds."
     atoms = {k.removeprefix('pid_coordinate_'): m.label for k, m in METRICS.items() if k.startswith('pid_coordinate_')}
-    order = {k: i for i, k in enumerate(LOSS_TABLE)}
-    means = setting_means(records).sort_values(['loss', 'epochs', 'beta'], key=lambda s: s.map(order) if s.name == 'loss' else s)
+    means = setting_means(records).sort_values(['loss', 'epochs', 'beta'], key=by_loss)
     return table([{'method': LOSS_TABLE[m.loss].title, 'setting': m.setting, 'epochs': str(m.epochs),
                    'seeds': str(m.seeds), **{label: f'{getattr(m, k):.3f}' for k, label in atoms.items()}}
                   for m in means.itertuples()])
@@ -181,19 +178,20 @@ STRENGTHS = {'cifar_weak': 'weak', 'cifar': 'default', 'cifar_strong': 'strong'}
 
 def plot_strength(records: list, # of one dataset, preset and split that differ in loss, policy and seed
                  ):              # matplotlib Figure
-    "Linear accuracy, redundancy and synergy against the strength of augmentation by loss: every seed a dot; the line joins means over the seeds that every strength has."
-    plt, _, _ = plotting()
+    "Accuracy, R and S against the strength of augmentation: a dot a seed, a line through means of common seeds."
     data = frame(records)
     places = [p for p in STRENGTHS if p in set(data.policy)]
-    panels = {'linear_logreg': 'linear accuracy (%)', 'pid_coordinate_redundancy': 'R (nats per coordinate)',
+    labels = {'linear_logreg': 'linear accuracy (%)', 'pid_coordinate_redundancy': 'R (nats per coordinate)',
               'pid_coordinate_synergy': 'S (nats per coordinate)'}
-    fig, axes = plt.subplots(1, 3, figsize=(2*WIDTH, 2.4))
-    for ax, (key, label) in zip(axes, panels.items()):
+    fig, axes = panels(1, 3, 2.4)
+    for ax, (key, label) in zip(axes, labels.items()):
         for loss, d in data.groupby('loss', sort=False):
             row, x = LOSS_TABLE[loss], d.policy.map(places.index)
             ax.plot(x, d[key], 'o', ms=2.5, mew=0, alpha=0.6, color=row.colour)
-            means = d.pivot(index='seed', columns='policy', values=key)[[p for p in places if p in set(d.policy)]].dropna()
-            ax.plot(sorted(set(x)), means.mean(), color=row.colour, lw=1.2, label=f'{row.title} ({len(means)})')
+            means = d.pivot(index='seed', columns='policy', values=key).dropna()
+            at = sorted(set(x))
+            line = means.mean()[[places[i] for i in at]]
+            ax.plot(at, line, color=row.colour, lw=1.2, label=f'{row.title} ({len(means)})')
         ax.set(xlabel='augmentation', ylabel=label, xlim=(-0.3, len(places) - 0.7))
         ax.set_xticks(range(len(places)), [STRENGTHS[p] for p in places])
     legend_above(fig, axes[:1], 5, handlelength=1.5, columnspacing=1.2)

@@ -7,17 +7,17 @@ __all__ = ['plot_run', 'run_table', 'plot_atoms', 'plot_accuracy', 'results_tabl
 
 # %% ../../nbs/figures/82_runs.ipynb #0ee5e03a
 import numpy as np
-from ..config import ACCURACIES, LOSS_TABLE, METRICS
-from .base import WIDTH, ink, listed, plotting, spread, table
-from .frames import TRACE, frame, one_setting_each
+from ..config import ACCURACIES, LOSS_TABLE, METRICS, main_metrics
+from .base import ink, listed, panels, plotting, spread, table
+from .frames import TRACE, frame, one_setting_each, traced
 from ..records import RunRecord
 
 # %% ../../nbs/figures/82_runs.ipynb #f8737581
 def plot_run(record: RunRecord, # its config and history
             ):                  # matplotlib Figure
     "Objective and its terms, and the PID of held-out views, over the epochs of a run."
-    plt, _, _ = plotting()
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(2.9*WIDTH, 2.3))
+    fig, axes = panels(1, 3, 2.3, width=2.9)
+    left, middle, right = axes
     h = record.history
     epochs = [row['epoch'] for row in h]
     left.plot(epochs, [row['loss'] for row in h], color='k')
@@ -33,7 +33,7 @@ def plot_run(record: RunRecord, # its config and history
         right.plot(epochs, [row[f'{TRACE}_{atom}'] for row in h], style, label=METRICS[f'pid_coordinate_{atom}'].title)
     right.set_ylabel('nats per coordinate')
     right.legend(frameon=False)
-    for ax in (left, middle, right):
+    for ax in axes:
         ax.set_xlabel('epoch')
         ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
@@ -41,10 +41,10 @@ def plot_run(record: RunRecord, # its config and history
 def run_table(record: RunRecord, # finished
              ):                  # pandas DataFrame
     "Accuracy of the run beside the untrained network and raw pixels, in percent."
-    start = record.config['eval_on'] + '_'
-    ends = [k.removeprefix(start) for k in record.metrics if k.startswith(start) and 'pid' not in k and not k.endswith('_C')]
+    split = record.config['eval_on']
+    ends = list(main_metrics(record.metrics, split))
     names = {LOSS_TABLE[record.config['loss']].title: '', 'untrained network': 'control_', 'raw pixels': 'raw_'}
-    rows = {name: [record.metrics.get(f'{p}{start}{k}') for k in ends] for name, p in names.items()}
+    rows = {name: [record.metrics.get(f'{p}{split}_{k}') for k in ends] for name, p in names.items()}
     # sets of large images have no row of raw pixels
     there = {name: row for name, row in rows.items() if None not in row}
     return plotting()[2].DataFrame(there, index=ends).T.round(2)
@@ -52,20 +52,19 @@ def run_table(record: RunRecord, # finished
 # %% ../../nbs/figures/82_runs.ipynb #81fd89ed
 def plot_atoms(records: list, # of one dataset
               ):              # matplotlib Figure
-    "Redundancy and synergy of held-out views by loss: mean over seeds, and a band from the smallest to the largest. Raises `ValueError` for a loss with several settings or lengths."
-    plt, _, _ = plotting()
+    "R and S of held-out views by loss, mean and range over seeds; raises `ValueError` for two settings of a loss."
     one_setting_each(records, ('dataset', 'loss'))
-    fig, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 2.3), sharex=True)
+    fig, axes = panels(1, 2, 2.3, sharex=True)
     for ax, atom in zip(axes, ('redundancy', 'synergy')):
         ends, longest = [], max(len(r.history) for r in records)
         for row in LOSS_TABLE.values():
-            runs = [[e[f'{TRACE}_{atom}'] for e in r.history] for r in records if r.config['loss'] == row.name]
-            if not runs:
+            y = traced(records, row.name, atom)
+            if not len(y):
                 continue
-            y, epochs = np.array(runs), np.arange(1, len(runs[0]) + 1)
+            epochs = range(1, y.shape[1] + 1)
             ax.plot(epochs, y.mean(0), color=row.colour, lw=1.2)
             ax.fill_between(epochs, y.min(0), y.max(0), color=row.colour, alpha=0.2, lw=0)
-            ends.append([y[:, -1].mean(), f'{row.title} ({len(runs)})', row.colour])
+            ends.append([y[:, -1].mean(), f'{row.title} ({len(y)})', row.colour])
         _label_ends(ax, longest, ends)
         ax.set(xlabel='epoch', ylabel=f'{atom} (nats per coordinate)')
     return fig
@@ -88,10 +87,9 @@ def _label_ends(ax, x, ends):
 def plot_accuracy(records: list, # of one dataset and preset
                  ):              # matplotlib Figure
     "Linear and kNN accuracy by loss: every seed a dot, the mean a bar; the untrained network and raw pixels as lines."
-    plt, _, _ = plotting()
     data = frame(records)
     groups = [(LOSS_TABLE[loss], d) for loss, d in data.groupby('loss', sort=False)]
-    fig, axes = plt.subplots(1, 3, figsize=(2*WIDTH, 2.1), sharey=True)
+    fig, axes = panels(1, 3, 2.1, sharey=True)
     for ax, key in zip(axes, ACCURACIES):
         for i, (row, d) in enumerate(groups):
             ax.plot([d[key].mean()]*2, [i - 0.3, i + 0.3], color=row.colour, lw=2)
@@ -108,7 +106,7 @@ def plot_accuracy(records: list, # of one dataset and preset
 
 def results_table(records: list, # of one dataset and preset
                  ):              # pandas DataFrame of text
-    "Mean ± standard deviation over seeds by loss, control, raw pixels, cost (of wall seconds the median: other jobs lengthen them) and device. Raises `ValueError` for records that no row may average."
+    "Accuracies by loss and length over seeds, controls, cost; raises `ValueError` for records that no row may average."
     one_setting_each(records)
     data, rows = frame(records), []
     for loss, runs in data.groupby('loss', sort=False):
@@ -122,15 +120,15 @@ def results_table(records: list, # of one dataset and preset
         rows.append({'method': 'raw pixels', **accuracies(data[:1], 'raw_')})
     return table(rows)
 
-def accuracies(data,            # rows of `frame` that are averaged
+def accuracies(data: object,    # rows of `frame` that are averaged
                prefix: str = '',# control_ or raw_
               ) -> dict:        # label -> mean ± standard deviation
     "The accuracies of some runs, as a table has them."
     return {METRICS[k].label: spread(data[f'{prefix}{k}']) for k in ACCURACIES}
 
-def atoms(data, # rows of `frame` that are averaged
-          names: tuple = ('redundancy', 'synergy'),
-         ) -> dict: # label -> mean
+def atoms(data: object, # rows of `frame` that are averaged
+          names: tuple = ('redundancy', 'synergy'), # ends of `pid_coordinate_...`
+         ) -> dict:     # label -> mean
     "Means of what the PID of held-out views has, as a table has them."
     keys = [f'pid_coordinate_{k}' for k in names]
     return {METRICS[k].label: f'{data[k].mean():.3f}' for k in keys}

@@ -102,7 +102,7 @@ class Relation(nn.Module):
         if missing := [k for k in self.pair.columns if k not in rho]:
             raise ValueError(f"rho: got {', '.join(rho)}; accepted: with {', '.join(missing)}")
         with torch.autocast(h1.device.type, enabled=False):
-            h = [gather(x.float()) for x in (h1, h2)]
+            h = [gather(x.to(self.pair.first.weight.dtype)) for x in (h1, h2)]
             rho = {k: gather(rho[k]) for k in self.pair.columns}
             if self.shuffled:
                 rho = {k: v.roll(len(v)//2) for k, v in rho.items()}
@@ -150,7 +150,8 @@ class Unique(nn.Module):
         "The term of the batch of all processes."
         with torch.autocast(h.device.type, enabled=False):
             weight, omega = self.strength*self.w_u, {k: gather(omega[k]) for k in self.head.columns}
-            errors = self.head.errors(omega, scale_gradient(gather(h.float()), weight))
+            h = gather(h.to(self.head.first.weight.dtype))
+            errors = self.head.errors(omega, scale_gradient(h, weight))
             nats = self.head.nats(errors)
             cost = errors.sum() if self.error == 'squared' else -nats.sum()
         self.terms = dict(own=nats.detach().clamp(min=0).sum())

@@ -150,7 +150,7 @@ def repair_checkpoints(folder: str | Path, # that holds checkpoints, and in whic
 
 # %% ../../nbs/records/21_storage.ipynb #c632d01b
 def _tensors(folder, name, want):
-    "A file's tensors, if its name leads nowhere else and its checksum is that of the header."
+    # a file's tensors, if its name leads nowhere else and its checksum is that of the header
     beside = Path(name).name == name and name.endswith('.safetensors') and not set(name) & set('\\\0')
     require(beside, folder/'header.json', f'names {name!r}', 'names of .safetensors files beside it', CheckpointError)
     path = folder/name

@@ -39,9 +39,9 @@ from pid_ssl.records import load_record
 
 loss = build_loss(resolve(Config(loss='mine', delta=0.75)))
 out['built'] = [type(loss).__name__, loss.delta, LOSSES['mine']().delta]
-records = [load_record(p) for p in sys.argv[1:]]
-records = [dataclasses.replace(r, config={**r.config, 'loss': 'mine'}) for r in records]
-legend = plot_strength(records).legends[0]
+record = load_record(sys.argv[1])
+mine = [record.config | dict(loss='mine', policy=p) for p in ('cifar', 'cifar_strong')]
+legend = plot_strength([dataclasses.replace(record, config=c) for c in mine]).legends[0]
 out['legend'] = [[t.get_text(), to_hex(h.get_color())] for t, h in zip(legend.get_texts(), legend.legend_handles)]
 print(json.dumps(out))
 """
@@ -57,8 +57,8 @@ def seen(tmp_path_factory):
     start = table.index("LOSS_TABLE = ")
     end = table.index("]}", start)
     (package / "config/tables.py").write_text(table[:end] + ROW.lstrip("\n") + table[end + 2:])
-    runs = [p for p in sorted((ROOT / "data/runs").glob("*.json")) if '"cifar10"' in p.read_text()][:2]
-    command = [sys.executable, "-c", LOOK, *map(str, runs)]
+    record = next(p for p in sorted((ROOT / "data/runs").glob("*.json")) if '"cifar10"' in p.read_text())
+    command = [sys.executable, "-c", LOOK, str(record)]
     out = subprocess.run(command, cwd=top, capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr
     return json.loads(out.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Folders as people have them: every image is read once, in its split and class, or said to be left out, or it stops."""
+"""Folders as people have them: an image is read once, in its split and class, or said to be left out, or it stops."""
 import json
 import os
 import random

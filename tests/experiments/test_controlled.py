@@ -1,4 +1,4 @@
-"""A benchmark is worth as much as its construction: the atoms are the prescribed ones, and no single view knows the synergistic answer."""
+"""A benchmark is worth as much as its construction: the atoms are as prescribed, no view alone knows the synergy."""
 import math
 import re
 import subprocess
@@ -10,7 +10,8 @@ from scipy import stats
 
 from pid_ssl.config import ConfigError
 from pid_ssl.data.trifeature import PARTS, ControlledAtoms, Trifeature, draw, synergy_table
-from pid_ssl.experiments.controlled import ARMS, ControlledConfig, build_arm, controlled_config, controlled_id, load_controlled, run_controlled
+from pid_ssl.experiments.controlled import (
+    ARMS, ControlledConfig, build_arm, controlled_config, controlled_id, load_controlled, run_controlled)
 from pid_ssl.evaluate import linear_probe, mlp_probe
 from pid_ssl.pid import discrete_information, pid_discrete
 from pid_ssl.records import RecordError, load_record, load_records
@@ -20,12 +21,13 @@ def codes(world, n, seed):
     """Symbols of view 1, of view 2 and readings of each part, as the tables index them."""
     s1, s2, label = world.sample(n, torch.Generator().manual_seed(seed))
     nothing = torch.zeros(n, dtype=torch.long)
-    sources = {"redundancy": (s1[:, 0], s2[:, 0]), "unique1": (s1[:, 1], nothing), "unique2": (nothing, s2[:, 1]), "synergy": (s1[:, 2], s2[:, 2])}
+    sources = {"redundancy": (s1[:, 0], s2[:, 0]), "unique1": (s1[:, 1], nothing), "unique2": (nothing, s2[:, 1]),
+               "synergy": (s1[:, 2], s2[:, 2])}
     return {part: (*sources[part], label[:, k]) for k, part in enumerate(PARTS)}
 
 
 def deviations(sampled, assumed, n=20_000, replicates=60):
-    """Distance of the sample's plug-in atoms from those that samples of the assumed world have, in their standard deviations."""
+    """How far the sample's plug-in atoms are from those of samples of the assumed world, in standard deviations."""
     out = {}
     for part, table in assumed.tables().items():
         a, b, t = codes(sampled, n, 0)[part]
@@ -62,10 +64,13 @@ def test_parts_are_independent():
         assert stats.chi2_contingency(count.numpy()).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("given, name", [({"synergy": 2.1}, "synergy"), ({"redundancy": -0.1}, "redundancy"), ({"symbols": 11}, "symbols"), ({"unique1": math.nan}, "unique1")])
-def test_atoms_that_cannot_be_had_are_refused(given, name):
+BAD = ("synergy", 2.1), ("redundancy", -0.1), ("symbols", 11), ("unique1", math.nan)
+
+
+@pytest.mark.parametrize("name, value", BAD)
+def test_atoms_that_cannot_be_had_are_refused(name, value):
     with pytest.raises(ConfigError) as e:
-        ControlledAtoms(**given)
+        ControlledAtoms(**{name: value})
     assert e.value.name == name
 
 
@@ -76,7 +81,7 @@ def data():
 
 @pytest.mark.parametrize("split", ["fit", "val", "test"])
 def test_synergy_does_not_leak_into_a_single_view(data, split):
-    """The whole content of either image, its combination of three attributes, is independent of S; so is what the two share."""
+    """The content of either image, its combination of three attributes, is independent of S; so is what both share."""
     i, j = data.pairs(split, 60_000, "balanced", torch.Generator().manual_seed(0))
     s = data.answers(i, j)["S"]
     for row in (i, j):
@@ -105,7 +110,8 @@ def test_training_pairs(data):
     g = torch.Generator().manual_seed(0)
     for pairing in ("independent", "inside"):
         i, j = data.pairs("train", 20_000, pairing, g)
-        assert data.member["train"].flatten()[i].all() and data.member["train"].flatten()[j].all(), "no test combination in training"
+        member = data.member["train"].flatten()
+        assert member[i].all() and member[j].all(), "no test combination in training"
         assert torch.equal(data.labels[i, 0], data.labels[j, 0])
         matched = data.answers(i, j)["S"].float().mean().item()
         assert matched == 1 if pairing == "inside" else abs(matched - 0.1) < 4*math.sqrt(0.09/20_000)
@@ -120,17 +126,19 @@ def test_drawings_of_one_combination_differ_and_repeat():
     images = draw(many + 4, many + 2, many + 3, 32, g())
     assert torch.equal(images, draw(many + 4, many + 2, many + 3, 32, g()))
     assert len(torch.unique(images.flatten(1), dim=0)) == 20
-    assert not torch.equal(Trifeature(0, 16, 1).bijection, Trifeature(1, 16, 1).bijection), "another seed, another bijection"
+    first, second = (Trifeature(seed, 16, 1).bijection for seed in (0, 1))
+    assert not torch.equal(first, second), "another seed, another bijection"
 
 
 def test_arms_start_from_the_same_encoders():
     first = build_arm(ControlledConfig("clip", seed=2)).encoders.state_dict()
     for arm in ARMS:
-        assert all(torch.equal(v, first[k]) for k, v in build_arm(ControlledConfig(arm, seed=2)).encoders.state_dict().items()), arm
+        encoders = build_arm(ControlledConfig(arm, seed=2)).encoders.state_dict()
+        assert all(torch.equal(v, first[k]) for k, v in encoders.items()), arm
 
 
 def test_pairing_synergy_makes_the_match_linear():
-    """With encoders that already know all attributes, only the term whose target is pure synergy has to mark the match in the fusion layer."""
+    """The encoders know all attributes: only the term whose target is pure synergy marks the match when they fuse."""
     torch.manual_seed(0)
     data, g = Trifeature(drawings=1, size=16), torch.Generator().manual_seed(0)
     code = torch.randn(3, 10, 64)
@@ -162,7 +170,8 @@ def test_records_are_of_their_own_kind(home, monkeypatch):
     record = run_controlled(config)
     path = home/"data"/"controlled"/f"{controlled_id(config)}.json"
     (loaded,) = load_controlled(path.parent, arm="clip")
-    assert loaded.metrics == load_record(path, controlled_config).metrics == record.metrics and loaded.config == record.config
+    assert loaded.metrics == load_record(path, controlled_config).metrics == record.metrics
+    assert loaded.config == record.config
     assert load_controlled(path.parent, arm="comm") == [] and load_records(home/"data"/"runs") == []
     with pytest.raises(RecordError, match="config"):
         load_record(path)
@@ -172,10 +181,10 @@ def test_records_are_of_their_own_kind(home, monkeypatch):
     assert again.metrics == before and again.provenance["image_passes"] == 2*16*4*3
 
 
-TRACKED = subprocess.run(["git", "ls-files", "data/controlled"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+LISTED = subprocess.run(["git", "ls-files", "data/controlled"], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", TRACKED)
+@pytest.mark.parametrize("name", LISTED.stdout.split())
 def test_committed_record(name):
     record = load_record(ROOT / name, controlled_config)
     assert controlled_id(controlled_config(record.config)) == record.run_id and record.status == "finished"

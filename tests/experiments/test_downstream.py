@@ -1,4 +1,4 @@
-"""Measuring encoders after pretraining: chance where there is nothing, the same encoder for everybody, one record for one measurement."""
+"""Measuring encoders: chance where there is nothing, the same encoder for everybody, one record a measurement."""
 import ast
 import dataclasses
 import io
@@ -24,10 +24,12 @@ from torch import nn
 
 from pid_ssl.experiments import downstream
 from pid_ssl.evaluate import labels as evaluate_labels
-from pid_ssl.config import Config, ConfigError
+from pid_ssl.config import Config, ConfigError, guarded
 from pid_ssl.data import DataError, ViewMaker, load_dataset
 from pid_ssl.data.dense import digit_scenes
-from pid_ssl.experiments.downstream import DownstreamConfig, downstream_config, downstream_id, load_downstream, load_measured, main, run_downstream
+from pid_ssl.experiments.downstream import (
+    DownstreamConfig, command, downstream_config, downstream_id, load_downstream, load_measured, run_downstream)
+from pid_ssl.experiments.recipe import every_record, select
 from pid_ssl.evaluate import accuracies, calibrate_batchnorm, evaluate_encoder, extract_features, knn_accuracy
 from pid_ssl.evaluate.labels import finetune, label_draw, light_policy, low_label
 from pid_ssl.evaluate.views import audit_encoder, two_view_readout
@@ -37,7 +39,8 @@ from pid_ssl.records import CheckpointError, save_checkpoint
 from pid_ssl.models import SmallResNet, build_encoder
 from pid_ssl.experiments.pretrain import pretrain
 
-HEADER = dict(loss="barlow", dataset="whole", encoder="small", image_size=16, width=8, seed=3, train_size=0, policy="cifar", epochs=1, beta=0.25)
+HEADER = dict(loss="barlow", dataset="whole", encoder="small", image_size=16, width=8, seed=3, train_size=0,
+              policy="cifar", epochs=1, beta=0.25)
 
 
 def views(data, policy="digits"):
@@ -65,15 +68,16 @@ def net(digits):
 def nothing(digits):
     """Labels without a relation to the images."""
     g = torch.Generator().manual_seed(1)
-    return dataclasses.replace(digits, labels={s: y[torch.randperm(len(y), generator=g)] for s, y in digits.labels.items()})
+    shuffled = lambda y: y[torch.randperm(len(y), generator=g)]
+    return dataclasses.replace(digits, labels={s: shuffled(y) for s, y in digits.labels.items()})
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Two short runs of one seed in a folder of their own."""
     home = tmp_path_factory.mktemp("home")
-    make = lambda loss: pretrain(Config(loss=loss, dataset="digits", epochs=1, width=8, seed=5, home=str(home), threads=1))
-    return home, make("barlow"), make("simclr")
+    given = dict(dataset="digits", epochs=1, width=8, seed=5, home=str(home), threads=1)
+    return home, *(pretrain(Config(loss=loss, **given)) for loss in ("barlow", "simclr"))
 
 
 @pytest.fixture
@@ -96,8 +100,10 @@ def colour(tmp_path):
     (tmp_path / "sets/digit-scenes").rename(tmp_path / "sets/scenes")
     torch.manual_seed(0)
     encoder = build_encoder("small", 16, 3, 8)
-    save_checkpoint(tmp_path / "home/data/checkpoints" / ("a" * 16) / "final", {"encoder": encoder.state_dict()}, {"config": HEADER})
-    return dict(run="a" * 16, home=str(tmp_path / "home"), data_dir=str(tmp_path / "sets"), threads=1), encoder
+    home = tmp_path / "home"
+    folder = home / "data/checkpoints" / ("a" * 16) / "final"
+    save_checkpoint(folder, {"encoder": encoder.state_dict()}, {"config": HEADER})
+    return dict(run="a" * 16, home=str(home), data_dir=str(tmp_path / "sets"), threads=1), encoder
 
 
 def at_chance(values, n=360, classes=10):
@@ -107,9 +113,10 @@ def at_chance(values, n=360, classes=10):
 
 def test_shuffled_labels_score_at_chance(net, nothing):
     frozen = evaluate_encoder(net, nothing, views(nothing))
-    assert at_chance([v for k, v in frozen.items() if not k.endswith("_C")])
-    assert at_chance([v for k, v in two_view_readout(net, nothing, views(nothing)).items() if not k.endswith(("gain", "_C"))])
-    assert at_chance([v for k, v in low_label(net, nothing, light(nothing), 0.1, draws=2, epochs=5, batch_size=32).items() if not k.endswith("_C")])
+    paired = two_view_readout(net, nothing, views(nothing))
+    few = low_label(net, nothing, light(nothing), 0.1, draws=2, epochs=5, batch_size=32)
+    for measured in (frozen, paired, few):
+        assert at_chance([v for k, v in measured.items() if not k.endswith(("gain", "_C"))])
     assert at_chance(finetune(net, nothing, light(nothing), epochs=2).values())
 
 
@@ -125,16 +132,18 @@ def test_shuffled_labels_have_no_atoms(net, digits, nothing):
     for name in ("redundancy", "unique1", "unique2", "synergy", "i1", "i2", "joint"):
         assert away(shuffled, name) < 2, name
     assert away(real, "i1") > 2
-    assert real["test_pid_broja_labels_i1_bits_low"] < real["test_pid_broja_labels_i1_bits"] < real["test_pid_broja_labels_i1_bits_high"]
+    low, value, high = (real[f"test_pid_broja_labels_i1_bits{end}"] for end in ("_low", "", "_high"))
+    assert low < value < high
 
 
 def test_pairs_of_independent_noise_gain(digits):
-    """An encoder whose views differ by noise alone: two views tell more than one, and U2 + S is where it comes from."""
+    """Views that differ by noise alone: two of them tell more than one, and U2 + S is where that comes from."""
     noisy = ViewMaker("digits", digits.mean, digits.std)
     noisy.policy = dataclasses.replace(noisy.policy, rotate=0, translate=0, zoom=0, jitter=0, noise=0.8)
     pixels = nn.Flatten()
     out = two_view_readout(pixels, digits, noisy)
-    assert out["test_linear_pair_gain"] > 3 and out["test_linear_clean"] > out["test_linear_pair"] > max(out["test_linear_view1"], out["test_linear_view2"])
+    clean, pair, *single = (out[f"test_linear_{name}"] for name in ("clean", "pair", "view1", "view2"))
+    assert out["test_linear_pair_gain"] > 3 and clean > pair > max(single)
     audit = audit_encoder(pixels, digits, noisy, codes=4, components=8, permutations=20, replicates=5)
     assert audit["test_pid_gaussian_image_synergy_nats_low"] > 0.1
 
@@ -163,7 +172,8 @@ def resnet(tmp_path):
     encoder = build_encoder("resnet18", 16, 1).train()
     encoder(torch.randn(32, 1, 16, 16))
     folder = tmp_path / "data/checkpoints" / ("b" * 16) / "final"
-    save_checkpoint(folder, {"encoder": encoder.state_dict()}, {"config": HEADER | dict(dataset="digits", encoder="resnet18", train_size=200)})
+    header = HEADER | dict(dataset="digits", encoder="resnet18", train_size=200)
+    save_checkpoint(folder, {"encoder": encoder.state_dict()}, {"config": header})
     encoder, data, _, _ = load_measured(DownstreamConfig(run="b" * 16, home=str(tmp_path)))
     images = data.images["test"][:64]
     x = torchvision.transforms.functional.normalize(images.float() / 255, data.mean.tolist(), data.std.tolist())
@@ -192,7 +202,8 @@ def test_same_features_through_timm(resnet):
 def test_measures_what_the_run_reported(trained):
     home, barlow, _ = trained
     for weights, prefix in (("pretrained", ""), ("untrained", "control_"), ("pixels", "raw_")):
-        metrics = run_downstream(DownstreamConfig(run=barlow.run_id, weights=weights, home=str(home), threads=1)).metrics
+        asked = DownstreamConfig(run=barlow.run_id, weights=weights, home=str(home), threads=1)
+        metrics = run_downstream(asked).metrics
         assert metrics == {k: barlow.metrics[prefix + k] for k in metrics} and len(metrics) == 4, weights
 
 
@@ -221,19 +232,25 @@ def test_one_record_for_one_measurement(trained, monkeypatch):
 
 def test_two_view_and_audit_records(trained):
     home, barlow, _ = trained
-    for task, key, more in (("two_view", "val_mlp_pair_gain", {}), ("audit", "val_pid_broja_labels_synergy_bits_null_95", dict(codes=4, components=4, permutations=20, replicates=3))):
-        record = run_downstream(DownstreamConfig(run=barlow.run_id, home=str(home), threads=1, task=task, eval_on="val", **more))
-        assert key in record.metrics and all(k.startswith("val_") for k in record.metrics) and record.config["policy"] == "digits"
-        assert record.provenance["encoder"]["loss"] == "barlow" and record.provenance["dataset_note"].startswith("scikit-learn digits")
+    small = dict(codes=4, components=4, permutations=20, replicates=3)
+    cases = ("two_view", "mlp_pair_gain", {}), ("audit", "pid_broja_labels_synergy_bits_null_95", small)
+    for task, key, more in cases:
+        asked = DownstreamConfig(run=barlow.run_id, home=str(home), threads=1, task=task, eval_on="val", **more)
+        record = run_downstream(asked)
+        assert f"val_{key}" in record.metrics and all(k.startswith("val_") for k in record.metrics)
+        assert record.provenance["encoder"]["loss"] == "barlow" and record.config["policy"] == "digits"
+        assert record.provenance["dataset_note"].startswith("scikit-learn digits")
 
 
 def test_transfer_keeps_the_normalisation_of_pretraining(colour):
     asked, encoder = colour
     record = run_downstream(DownstreamConfig(**asked, task="transfer", dataset="bright"))
     whole, bright = (load_dataset(n, 16, data_dir=asked["data_dir"]) for n in ("whole", "bright"))
-    assert record.metrics == evaluate_encoder(encoder.eval(), bright, views(whole, "none")), "mean and deviation of the pretraining images"
+    as_pretrained = evaluate_encoder(encoder.eval(), bright, views(whole, "none"))
+    assert record.metrics == as_pretrained, "mean and deviation of the pretraining images"
     assert (bright.mean - whole.mean).min() > 0.2 and record.config["train_size"] == 0
-    tuned = run_downstream(DownstreamConfig(**asked, task="finetune", dataset="bright", train_size=60, epochs=2, batch_size=16))
+    few = dict(train_size=60, epochs=2, batch_size=16)
+    tuned = run_downstream(DownstreamConfig(**asked, task="finetune", dataset="bright", **few))
     assert tuned.provenance["images"]["train"] == 60 and set(tuned.metrics) == {"test_finetune"}
 
 
@@ -254,15 +271,16 @@ def test_raw_pixels_are_a_column(trained, tmp_path):
         run_downstream(DownstreamConfig(run=barlow.run_id, weights=weights, task="classify", home=str(home), threads=1))
     cells = json.loads((ROOT / "nbs/make_figures.ipynb").read_text())["cells"]
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    found = load_downstream(home / "data/downstream")
-    space = {"pretrained": ["digits"], "recorded": lambda *recipes: found, "gallery": Gallery(tmp_path / "figures")}
-    opening = ast.parse(next(s for s in sources if "Gallery(figures)" in s))
+    space = {"folder": home / "data", "gallery": Gallery(tmp_path / "figures")}
+    opening = ast.parse(next(s for s in sources if "import Gallery" in s or "Gallery(figures)" in s))
     opening.body = [n for n in opening.body if isinstance(n, (ast.Import, ast.ImportFrom))]
     exec(compile(opening, "<imports>", "exec"), space)
-    (code,) = [s for s in sources if "gallery.add(f'downstream_results_" in s]
-    linecache.cache["<after>"] = (len(code), None, code.splitlines(True), "<after>")
-    exec(compile(code, "<after>", "exec"), space)
-    rows = [line.split(",") for line in (tmp_path / "figures/files/downstream_results_digits.csv").read_text().splitlines()]
+    wanted = "load_downstream(folder", "gallery.add('two_views_beta_cifar10'"
+    for i, code in enumerate(s for s in sources if any(w in s for w in wanted)):
+        linecache.cache[f"<after {i}>"] = (len(code), None, code.splitlines(True), f"<after {i}>")
+        exec(compile(code, f"<after {i}>", "exec"), space)
+    lines = (tmp_path / "figures/files/downstream_results_digits.csv").read_text().splitlines()
+    rows = [line.split(",") for line in lines]
     raw = f"{barlow.metrics['raw_test_linear_logreg']:.1f}"
     assert rows[0][-1] == "raw pixels" and raw in {row[-1] for row in rows[1:]}
     found = load_downstream(home / "data/downstream", task="classify")
@@ -270,40 +288,57 @@ def test_raw_pixels_are_a_column(trained, tmp_path):
     assert table["raw pixels"][0] == raw
 
 
+def name_of(r, **changed):
+    made = r.provenance
+    return downstream_id(downstream_config(r.config | changed), made["dataset_hash"], made["encoder"], made["device"])
+
+
 def test_ids_of_committed_records():
     """Nothing that was added since has changed what a record is called, so none is measured again."""
     records = load_downstream(ROOT / "data/downstream")
     for r in records:
-        assert downstream_id(downstream_config(r.config), r.provenance["dataset_hash"], r.provenance["encoder"], r.provenance["device"]) == r.run_id
+        assert name_of(r) == r.run_id
     tuned = next(r for r in records if r.config["task"] == "low_label")
-    name = lambda policy: downstream_id(downstream_config({**tuned.config, "policy": policy}), tuned.provenance["dataset_hash"], tuned.provenance["encoder"], tuned.provenance["device"])
-    assert name("cifar") == tuned.run_id != name("byol")
+    assert name_of(tuned, policy="cifar") == tuned.run_id != name_of(tuned, policy="byol")
 
 
 def test_fine_tuning_takes_the_geometry_of_the_policy_of_the_run(trained, monkeypatch):
     home = trained[0]
-    turned = pretrain(Config(loss="barlow", dataset="digits", policy="none", epochs=1, width=8, seed=5, home=str(home), threads=1))
-    seen = []
-    monkeypatch.setattr(downstream, "finetune", lambda encoder, dataset, views, **more: (seen.append(views.policy), {"test_finetune": 1.0})[1])
-    ids = [run_downstream(DownstreamConfig(run=r.run_id, task="finetune", weights="untrained", home=str(home), threads=1)).run_id for r in (trained[1], turned)]
-    assert seen == [light_policy(downstream.POLICIES[p]) for p in ("digits", "none")] and ids[0] != ids[1], "controls of the same weights, augmented differently"
+    here, seen = dict(home=str(home), threads=1), []
+    turned = pretrain(Config(loss="barlow", dataset="digits", policy="none", epochs=1, width=8, seed=5, **here))
+
+    def look(encoder, dataset, views, **more):
+        seen.append(views.policy)
+        return {"test_finetune": 1.0}
+    monkeypatch.setattr(downstream, "finetune", look)
+    ask = lambda run: run_downstream(DownstreamConfig(run=run.run_id, task="finetune", weights="untrained", **here))
+    assert ask(trained[1]).run_id != ask(turned).run_id, "controls of the same weights, augmented differently"
+    assert seen == [light_policy(downstream.POLICIES[p]) for p in ("digits", "none")]
 
 
 def test_mapped_images_are_kept_below_home(colour, trained, monkeypatch, capsys, tmp_path):
     asked, _ = colour
     kept = run_downstream(DownstreamConfig(**asked, task="transfer", dataset="bright"))
     mapped = run_downstream(DownstreamConfig(**asked, task="transfer", dataset="bright", data_memory=0, force=True))
-    assert (mapped.run_id, mapped.metrics) == (kept.run_id, kept.metrics) and len(list((Path(asked["home"]) / "data/cache").iterdir())) == 6
+    assert (mapped.run_id, mapped.metrics) == (kept.run_id, kept.metrics)
+    assert len(list((Path(asked["home"]) / "data/cache").iterdir())) == 6
     (tmp_path / "other/data").mkdir(parents=True)
     (tmp_path / "other/data/checkpoints").symlink_to(trained[0] / "data/checkpoints")
     (tmp_path / "other/data/cache").write_text("a file where the folder should be")
-    assert main(["--run", trained[1].run_id, "--home", str(tmp_path / "other"), "--data_memory", "0", "--threads", "1"]) == 4
-    assert "data/cache" in (message := capsys.readouterr().err) and "cannot be written" in message and message.count("\n") == 1
+    there = ["--home", str(tmp_path / "other"), "--data_memory", "0", "--threads", "1"]
+    with pytest.warns(UserWarning, match="data/cache/.* cannot be used"):
+        assert guarded(command, ["--run", trained[1].run_id, *there]) == 4
+    message = capsys.readouterr().err
+    assert "data/cache" in message and "cannot be written" in message and message.count("\n") == 1
 
 
 def test_fine_tuning_on_all_labels_copies_no_images(net, digits, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate_labels, "fit_classifier", lambda encoder, images, *rest, **more: (seen.append(images), nn.Sequential(encoder, nn.Linear(32, 10)).eval())[1])
+
+    def look(encoder, images, *rest, **more):
+        seen.append(images)
+        return nn.Sequential(encoder, nn.Linear(32, 10)).eval()
+    monkeypatch.setattr(evaluate_labels, "fit_classifier", look)
     finetune(net, digits, light(digits))
     assert seen[0].data_ptr() == digits.images["train"].data_ptr()
 
@@ -324,15 +359,19 @@ BAD = {
     "no checkpoint": (["--run", "f" * 16], ["f" * 16, "no checkpoint", "pretrain it again", "home"]),
     "task": (["--task", "lowlabel"], ["task", "'lowlabel'", "low_label"]),
     "own dataset": (["--task", "transfer"], ["dataset", "'auto'", "another dataset than digits"]),
-    "channels": (["--task", "transfer", "--dataset", "whole"], ["dataset", "'whole'", "images of 1 channels", "these have 3"]),
+    "channels": (["--task", "transfer", "--dataset", "whole"],
+                 ["dataset", "'whole'", "images of 1 channels", "these have 3"]),
     "no dataset": (["--task", "transfer", "--dataset", "elsewhere"], ["dataset", "'elsewhere'", "accepted"]),
-    "no image of a class": (["--task", "low_label", "--fraction", "0.001"], ["fraction", "class 0", "at least one image a class"]),
+    "no image of a class": (["--task", "low_label", "--fraction", "0.001"],
+                            ["fraction", "class 0", "at least one image a class"]),
     "fraction": (["--task", "low_label", "--fraction", "2"], ["fraction", "2", "1.0"]),
     "components": (["--task", "audit", "--components", "33"], ["components", "33", "1 to 32"]),
     "train_size": (["--train_size", "5000"], ["train_size", "5000", "1293"]),
     "fewer than classes": (["--train_size", "3"], ["train_size", "3", "from 10 to 1293"]),
-    "equal views": (["--task", "two_view", "--policy", "none"], ["two views of an image are the same", "a policy that changes images"]),
-    "no class names": (["--task", "segmentation", "--dataset", "scenes"], ["scenes/classes.txt", "no such file", "one a line"]),
+    "equal views": (["--task", "two_view", "--policy", "none"],
+                    ["two views of an image are the same", "a policy that changes images"]),
+    "no class names": (["--task", "segmentation", "--dataset", "scenes"],
+                       ["scenes/classes.txt", "no such file", "one a line"]),
 }
 
 
@@ -341,7 +380,8 @@ def test_bad_input_is_one_line_and_no_record(case, trained, colour, capsys):
     args, words = BAD[case]
     before = set((trained[0] / "data/downstream").glob("*"))
     known = [] if "--run" in args or case == "no run" else ["--run", trained[1].run_id]
-    assert main([*known, *args, "--home", str(trained[0]), "--data_dir", colour[0]["data_dir"], "--threads", "1"]) == 2
+    here = ["--home", str(trained[0]), "--data_dir", colour[0]["data_dir"], "--threads", "1"]
+    assert guarded(command, [*known, *args, *here]) == 2
     message = capsys.readouterr().err
     assert all(w in message for w in words) and len(message.splitlines()) == 1, message
     assert set((trained[0] / "data/downstream").glob("*")) == before
@@ -353,13 +393,14 @@ def test_a_folder_that_takes_no_record(trained, tmp_path, monkeypatch):
     (tmp_path / "data/checkpoints").symlink_to(trained[0] / "data/checkpoints")
     (tmp_path / "data/downstream").write_text("a file where the folder should be")
     monkeypatch.setitem(downstream.TASKS, "classify", None)
-    assert main(["--run", trained[1].run_id, "--home", str(tmp_path), "--threads", "1"]) == 4
+    assert guarded(command, ["--run", trained[1].run_id, "--home", str(tmp_path), "--threads", "1"]) == 4
 
 
 def test_stopped_by_a_signal(trained, monkeypatch, capsys):
     monkeypatch.setitem(downstream.TASKS, "classify", lambda measured: os.kill(os.getpid(), signal.SIGTERM))
     before = set((trained[0] / "data/downstream").glob("*"))
-    assert main(["--run", trained[1].run_id, "--home", str(trained[0]), "--threads", "1", "--force"]) == 128 + signal.SIGTERM
+    here = ["--home", str(trained[0]), "--threads", "1"]
+    assert guarded(command, ["--run", trained[1].run_id, *here, "--force"]) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in capsys.readouterr().err and set((trained[0] / "data/downstream").glob("*")) == before
 
 
@@ -377,7 +418,9 @@ def test_labels_that_mean_no_classes(net, digits):
     one = dataclasses.replace(digits, labels={s: torch.zeros_like(y) for s, y in digits.labels.items()})
     high = dataclasses.replace(digits, labels={**digits.labels, "train": digits.labels["train"] + 1})
     low = dataclasses.replace(digits, labels={**digits.labels, "test": digits.labels["test"] - 1})
-    for data, words in ((one, "train has the class 0 only; accepted: at least two classes"), (high, "train has values from 1 to 10; accepted: 0 to 9"), (low, "test has values from -1 to 8")):
+    cases = ((one, "train has the class 0 only; accepted: at least two classes"),
+             (high, "train has values from 1 to 10; accepted: 0 to 9"), (low, "test has values from -1 to 8"))
+    for data, words in cases:
         for measure in (low_label, finetune, two_view_readout):
             with pytest.raises(DataError, match=words):
                 measure(net, data, light(data))
@@ -389,19 +432,23 @@ def test_labels_that_mean_no_classes(net, digits):
 
 def test_settings_were_chosen_on_validation():
     """The settings in use have the best mean over the encoders with which all of them were tried."""
+    records = every_record(ROOT / "data")
     for name, fraction in (("few", 0.01), ("many", 0.1)):
         tried = {}
-        for r in load_downstream(ROOT / "data/downstream", task="low_label", eval_on="val", fraction=fraction, run=("06d8eb3904176192", "d52b5e12596cc0b6")):
+        for r in select("finetuning_cifar10", records, fraction=fraction):
             setting = tuple(r.config[k] for k in ("epochs", "lr", "encoder_lr"))
             tried.setdefault(r.config["run"], {})[setting] = r.metrics[f"val_finetune_{100 * fraction:g}pct"]
         settings = set().union(*tried.values())
         whole = [t for t in tried.values() if set(t) == settings]
         assert len(settings) >= 4 and whole
-        assert max(settings, key=lambda s: sum(t[s] for t in whole)) == tuple(downstream.FINETUNE[name][k] for k in ("epochs", "lr", "encoder_lr"))
+        best = max(settings, key=lambda s: sum(t[s] for t in whole))
+        assert best == tuple(downstream.FINETUNE[name][k] for k in ("epochs", "lr", "encoder_lr"))
 
 
 def test_papermill_refuses_an_unknown_name(tmp_path):
-    out = subprocess.run([sys.executable, "-m", "papermill", "nbs/run_downstream.ipynb", str(tmp_path / "o.ipynb"), "-p", "fractoin", "0.1", "-p", "home", str(tmp_path)],
-                         cwd=ROOT, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    given = ["nbs/run_downstream.ipynb", str(tmp_path / "o.ipynb"), "-p", "fractoin", "0.1"]
+    out = subprocess.run([sys.executable, "-m", "papermill", *given, "-p", "home", str(tmp_path)], cwd=ROOT, text=True,
+                         capture_output=True, timeout=120, stdin=subprocess.DEVNULL,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert out.returncode != 0 and "fractoin" in out.stderr and "the parameters are run, task" in out.stderr
     assert not (tmp_path / "data").exists()

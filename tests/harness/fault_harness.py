@@ -25,7 +25,9 @@ ARGS |= dict(projector_dim=8, projector_hidden=8)
 
 # one process imports torch, every run is forked from it
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["pid_ssl.trainers", "fault_harness"])
+# a run loads these when it starts
+LATER = ["torchvision.models.resnet", "sklearn.model_selection", "sklearn.linear_model"]
+context.set_forkserver_preload(["pid_ssl.trainers", *LATER, "fault_harness"])
 
 
 class Points:

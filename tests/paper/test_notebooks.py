@@ -83,8 +83,8 @@ def functions_of(thing):
     if inspect.isfunction(thing):
         return [thing]
     own = [m for k, m in vars(thing).items() if inspect.isfunction(m) and (k == "__init__" or not k.startswith("_"))]
-    # forward of the base class documents the contract of every loss; compute is its private half
-    return [m for m in own if m.__name__ != "compute" and "<string>" not in inspect.getfile(m)]
+    # forward of the base class documents the contract of every loss; what computes is its private half
+    return [m for m in own if not m.__name__.startswith("compute") and "<string>" not in inspect.getfile(m)]
 
 
 EXAMPLES = "\n".join(c for p in NOTEBOOKS for c in cells(p) if not re.search(r"^#\|\s*export", c, re.M))
