@@ -20,7 +20,7 @@ class PID(NamedTuple):
     unique1: Tensor  # what only the first source tells
     unique2: Tensor  # what only the second source tells
     synergy: Tensor  # what only the two together tell
-    gap: Tensor  # certificate: the atoms are within this much of their exact values; 0 for closed forms
+    gap: Tensor  # certificate: the atoms are this near to their exact values; of closed forms, what rounding may do
     interval: Optional[dict] = None  # confidence interval (low, high) of each atom and information, by name
     info: Optional[dict] = None  # what an estimator reports beside the atoms: permutation null, ceiling, ...
 
