@@ -90,9 +90,10 @@ class Measurement(Planned):
     kind, verb = DOWNSTREAM, 'measure'
 
     def settled(self, images=0):
-        run, weights = _resolved(self.encoder, self.device), self.config.weights
+        source, weights = Planned(self.encoder), self.config.weights
+        run = _resolved(self.encoder, source.device)
         control = ('dataset', 'image_size', 'train_size', 'encoder', 'width', 'seed')
-        encoder = dict(pretrained=identity(run), untrained={k: getattr(run, k) for k in control}, pixels={})[weights]
+        encoder = dict(pretrained=source.key(), untrained={k: getattr(run, k) for k in control}, pixels={})[weights]
         return [measured_fields(resolve_downstream(self.config, vars(run), images)), weights, encoder]
 
     def at(self, encoder=None, **machine):
@@ -149,11 +150,10 @@ def _grid(kind, shared, block):
 
 def _some(encoders, wanted):
     "The encoders with these values."
-    if not isinstance(wanted, dict):
-        raise ConfigError('encoders', wanted, 'in a block fields and values that some of the encoders have')
-    lists = {k: v if isinstance(v, list) else [v] for k, v in wanted.items()}
+    given = wanted.items() if isinstance(wanted, dict) else ()
+    lists = {k: v if isinstance(v, list) else [v] for k, v in given}
     fits = lambda c: all(getattr(c, k, None) in v for k, v in lists.items())
-    some = [(c,) for c, in encoders if fits(resolve(c))]
+    some = [(c,) for c, in encoders if lists and fits(resolve(c))]
     if not some:
         raise ConfigError('encoders', wanted, 'in a block fields and values that some of the encoders have')
     return some
