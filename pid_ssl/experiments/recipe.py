@@ -11,7 +11,7 @@ import dataclasses, functools, itertools, json, tomllib, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from ..config import Config, ConfigError, digest, identity, project_root, reads as config_reads, resolve
+from ..config import Config, ConfigError, digest, identity, project_root, reads, resolve
 from .controlled import CONTROLLED, controlled_id
 from .downstream import DOWNSTREAM, as_read, measured_fields, resolve_downstream
 from ..records import PRETRAINING, RecordError, RunRecord
@@ -124,10 +124,17 @@ def plan(recipe: dict | str | Path, # or its name
     for block in blocks:
         fields = dict(block)
         some = _some(encoders, fields.pop('encoders')) if kind is Measurement and 'encoders' in block else encoders
-        for config, encoder in itertools.product(_grid(kind.kind, shared, fields), some):
+        for config, encoder in itertools.product(_grid(kind, shared, fields), some):
             planned = kind(config, *encoder)
             out.setdefault((planned.key(), config.home), planned)
+    for k in shared:
+        if not any(_reads(kind, p.config, k) for p in out.values()):
+            warnings.warn(f'{k} = {shared[k]!r} has no effect: no record of the recipe reads it')
     return list(out.values())
+
+def _reads(kind, config, name):
+    # whether a run reads a field depends on more than its loss
+    return reads(config, name) if kind is Planned else kind.kind.reads(config, name)
 
 def _grid(kind, shared, block):
     fields = {**shared, **block}
@@ -136,9 +143,9 @@ def _grid(kind, shared, block):
         if not v or any(x in v[:i] for i, x in enumerate(v)):
             raise ConfigError(str(k), v, 'one value, or a list of different ones')
     for row in itertools.product(*values):
-        config = kind.parse(dict(zip(fields, row)))
-        idle = [k for k in shared if k not in block and not kind.reads(config, k)]
-        yield dataclasses.replace(config, **{k: kind.config.__dataclass_fields__[k].default for k in idle})
+        config = kind.kind.parse(dict(zip(fields, row)))
+        idle = [k for k in shared if k not in block and not _reads(kind, config, k)]
+        yield dataclasses.replace(config, **{k: config.__dataclass_fields__[k].default for k in idle})
 
 def _some(encoders, wanted):
     "The encoders with these values."
@@ -159,8 +166,7 @@ def planned_again(record: RunRecord, # of any kind
     kind = next(k for k in KINDS.values() if k.kind.by in record.config)
     fields = {f.name: f for f in dataclasses.fields(kind.kind.config)}
     config = kind.kind.parse({k: v for k, v in record.config.items() if fields[k].metadata['changes_result']})
-    reads = config_reads if kind is Planned else kind.kind.reads
-    more = {k: f.default for k, f in fields.items() if not reads(config, k)}
+    more = {k: f.default for k, f in fields.items() if not _reads(kind, config, k)}
     before = [k for k in fields if getattr(config, k) is None and k not in more]
     more |= {k: fields[k].metadata['absent'] for k in before}
     if 'device' in fields:

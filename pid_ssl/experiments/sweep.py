@@ -25,7 +25,7 @@ def expand(sweep: dict | str | Path, # config field -> value, or list of values;
 
 # %% ../../nbs/experiments/78_sweep.ipynb #b157b413
 def _records(planned):
-    "The finished record of each, or None."
+    # the finished record of each, or None
     out, homes = {}, {}
     for i, p in enumerate(planned):
         homes.setdefault(home_folder(p.config), []).append(i)
@@ -140,7 +140,7 @@ def _locked(run):
     run.after, run.wait = time.monotonic() + run.wait, min(60., 1.5*run.wait)
 
 def _work(runs, workers, total):
-    "Keep `workers` processes going; raises `SweepFailed` at the end, `SweepStopped` on a signal."
+    # keep `workers` processes going; raises `SweepFailed` at the end, `SweepStopped` on a signal
     if type(workers) is not int or workers < 1:
         raise ConfigError('workers', workers, 'an integer from 1')
     waiting, failures, took, running = collections.deque(runs), {}, [], []
@@ -183,7 +183,7 @@ def _work(runs, workers, total):
 
 # %% ../../nbs/experiments/78_sweep.ipynb #101e6510
 def _page(notebooks):
-    "The notebook that is executed for each run, or None."
+    # the notebook that is executed for each run, or None
     path = project_root()/'nbs'/'run_experiment.ipynb'
     able = path.is_file() and importlib.util.find_spec('papermill') is not None
     if notebooks and not able:
@@ -202,7 +202,7 @@ def _run_of(planned, name, folder, notebook):
     return _Run(name, folder, in_process('run_notebook', str(notebook), str(page), json.dumps(given)), page)
 
 def _encoders(configs):
-    "The runs that give these encoders; one whose weights are gone is made again."
+    # the runs that give these encoders; one whose weights are gone is made again
     runs = [Planned(c) for c in configs]
     for i, record in enumerate(_records(runs)):
         if record and not (checkpoint_folder(configs[i], record.run_id)/'final'/'header.json').exists():

@@ -35,7 +35,7 @@ def recipe_table(records: list, # of `RunRecord`, of all kinds
     return pd.DataFrame(rows)
 
 def _seconds(record):
-    return record.provenance.get('train_seconds', record.provenance['wall_seconds'])
+    return record.provenance.get('train_seconds') or record.provenance['wall_seconds']
 
 def _full_scale(record):
     images = record.provenance['images']

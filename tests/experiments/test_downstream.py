@@ -24,12 +24,12 @@ from torch import nn
 
 from pid_ssl.experiments import downstream
 from pid_ssl.evaluate import labels as evaluate_labels
-from pid_ssl.config import Config, ConfigError, guarded
+from pid_ssl.config import Config, guarded
 from pid_ssl.data import DataError, ViewMaker, load_dataset
 from pid_ssl.data.dense import digit_scenes
 from pid_ssl.experiments.downstream import (
     DownstreamConfig, command, downstream_config, downstream_id, load_downstream, load_measured, run_downstream)
-from pid_ssl.experiments.recipe import every_record, select
+from pid_ssl.experiments.recipe import every_record, plan, select
 from pid_ssl.evaluate import accuracies, calibrate_batchnorm, evaluate_encoder, extract_features, knn_accuracy
 from pid_ssl.evaluate.labels import finetune, label_draw, light_policy, low_label
 from pid_ssl.evaluate.views import audit_encoder, two_view_readout
@@ -265,20 +265,23 @@ def test_a_dense_folder_of_ones_own(colour):
 
 
 def test_raw_pixels_are_a_column(trained, tmp_path):
-    """Through the cells of make_figures, as a user's records come: of encoders, of controls, of pixels."""
+    """Through the cells of make_figures, as a user's recipe gives records: of an encoder, of its control, of pixels."""
     home, barlow, _ = trained
-    for weights in ("pretrained", "untrained", "pixels"):
-        run_downstream(DownstreamConfig(run=barlow.run_id, weights=weights, task="classify", home=str(home), threads=1))
+    encoders = dict(loss="barlow", dataset="digits", epochs=1, width=8, seed=5, device="cpu")
+    mine = dict(experiment="downstream", device="cpu", weights=["pretrained", "untrained", "pixels"], encoders=encoders)
+    for planned in plan(mine):
+        run_downstream(dataclasses.replace(planned.config, run=barlow.run_id, home=str(home), threads=1))
     cells = json.loads((ROOT / "nbs/make_figures.ipynb").read_text())["cells"]
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    space = {"folder": home / "data", "gallery": Gallery(tmp_path / "figures")}
-    opening = ast.parse(next(s for s in sources if "import Gallery" in s or "Gallery(figures)" in s))
+    records = select(mine, every_record(home / "data"))
+    assert len(records) == 3
+    space = {"gallery": Gallery(tmp_path / "figures"), "pretrained": ["digits"], "recorded": lambda *names: records}
+    opening = ast.parse(next(s for s in sources if "Gallery(figures)" in s))
     opening.body = [n for n in opening.body if isinstance(n, (ast.Import, ast.ImportFrom))]
     exec(compile(opening, "<imports>", "exec"), space)
-    wanted = "load_downstream(folder", "gallery.add('two_views_beta_cifar10'"
-    for i, code in enumerate(s for s in sources if any(w in s for w in wanted)):
-        linecache.cache[f"<after {i}>"] = (len(code), None, code.splitlines(True), f"<after {i}>")
-        exec(compile(code, f"<after {i}>", "exec"), space)
+    (code,) = [s for s in sources if "gallery.add(f'downstream_results_{slug}'" in s]
+    linecache.cache["<after>"] = (len(code), None, code.splitlines(True), "<after>")
+    exec(compile(code, "<after>", "exec"), space)
     lines = (tmp_path / "figures/files/downstream_results_digits.csv").read_text().splitlines()
     rows = [line.split(",") for line in lines]
     raw = f"{barlow.metrics['raw_test_linear_logreg']:.1f}"

@@ -16,10 +16,9 @@ from PIL import Image
 from pid_ssl.__main__ import main
 from pid_ssl.config import Config, ConfigError, guarded
 from pid_ssl.experiments import controlled, sweep
-from pid_ssl.experiments.controlled import CONTROLLED, ControlledConfig, run_controlled
+from pid_ssl.experiments.controlled import ControlledConfig, run_controlled
 from pid_ssl.experiments.downstream import DownstreamConfig, downstream_config, run_downstream
 from pid_ssl.experiments.pretrain import pretrain
-from pid_ssl.experiments.recipe import every_record, find, planned_again, recipes_folder, select
 from pid_ssl.paper.reproduce import behind, circumstances, command, comparison, reproduce
 from pid_ssl.records import load_record
 
@@ -179,20 +178,6 @@ def test_from_the_recipe(project, tmp_path, call, here):
     (folder / "few.toml").write_text("\n".join([*lines, "seed = 0"]))
     status, out, err = call("both", "--plan")
     assert status == 2 and runs[1].run_id in err and "few" in err
-
-
-def test_every_committed_record_is_in_a_recipe():
-    """And what its own settings give is the record: those from before a field existed, too."""
-    records = every_record(ROOT / "data")
-    runs = {r.run_id: r for r in records}
-    for r in records:
-        planned = planned_again(r, runs)
-        behind_it = [runs[r.config["run"]]] if "run" in r.config else []
-        assert r in find([planned], [r, *behind_it])[0], r.run_id
-        if planned.kind is CONTROLLED:
-            assert planned.settled() == r.run_id
-    names = [p.stem for p in recipes_folder().glob("*.toml")]
-    assert {r.run_id for name in names for r in select(name, records)} == set(runs)
 
 
 def test_few_labels_from_before_the_policy_was_recorded(project, tmp_path, here):
