@@ -1,11 +1,15 @@
-"""Times views, training steps and evaluation against what people use today, on the machine at hand; writes `data/benchmarks/{view,train,growth,eval}_speed.json`.
+"""Times views, training steps and evaluation against what people use today, on the machine it runs on.
 
-    python tests/harness/speed_harness.py [view] [train] [growth] [eval]      (needs `pip install "pid_ssl[bench]"` and CIFAR-10, see README)
+    python tests/harness/speed_harness.py [view] [train] [growth] [eval]
 
-Sides take turns, each turn in a process of its own, so that whatever else the machine does meets all of them and memory is counted apart. Nothing else should run.
+Needs `pip install "pid_ssl[bench]"` and CIFAR-10, see README.
+Writes `data/benchmarks/{view,train,growth,eval}_speed.json`.
+Sides take turns, each turn in a process of its own, so that whatever else the machine does meets all of them and memory
+is counted apart. Nothing else should run.
 """
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -49,11 +53,15 @@ def torchvision_recipe(policy, size, pil):
     from torchvision.transforms import v2
 
     reach = max(1, size // 20)
+    jitter = v2.ColorJitter(policy.brightness, policy.contrast, policy.saturation, policy.hue)
     steps = [v2.RandomResizedCrop(size, scale=policy.crop, antialias=True), v2.RandomHorizontalFlip(policy.flip),
-             v2.RandomApply([v2.ColorJitter(policy.brightness, policy.contrast, policy.saturation, policy.hue)], p=policy.jitter), v2.RandomGrayscale(policy.gray)]
+             v2.RandomApply([jitter], p=policy.jitter), v2.RandomGrayscale(policy.gray)]
     if policy.blur:
-        steps += [v2.RandomApply([v2.GaussianBlur(2 * reach + 1, policy.blur_sigma)], p=policy.blur), v2.RandomSolarize(128, p=policy.solarize)]
-    return v2.Compose([*steps, *([v2.ToImage()] if pil else []), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)])
+        blur = v2.GaussianBlur(2 * reach + 1, policy.blur_sigma)
+        steps += [v2.RandomApply([blur], p=policy.blur), v2.RandomSolarize(128, p=policy.solarize)]
+    if pil:
+        steps.append(v2.ToImage())
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)])
 
 
 def views(side, name):
@@ -71,7 +79,8 @@ def views(side, name):
         from torch.utils.data import DataLoader
 
         pil = side == "torchvision, PIL"
-        loader = DataLoader(Pictures(x, torchvision_recipe(POLICIES[name], 32, pil), pil), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True)
+        pictures = Pictures(x, torchvision_recipe(POLICIES[name], 32, pil), pil)
+        loader = DataLoader(pictures, BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True)
         batches = lambda: loader
     for _ in batches():
         pass
@@ -83,14 +92,16 @@ def views(side, name):
 
 # training steps
 
-NETS = {"ResNet-18": dict(encoder="resnet18", image_size=32, projector_hidden=2048, projector_dim=512, lambda_param=0.02),
+RESNET = dict(encoder="resnet18", image_size=32, projector_hidden=2048, projector_dim=512, lambda_param=0.02)
+NETS = {"ResNet-18": RESNET,
         "CPU net": dict(preset="cpu", image_size=16)}
 
 
 def config(net, **other):
     from pid_ssl.config import Config, resolve
 
-    fixed = dict(loss="barlow", dataset="cifar10", preset="gpu", batch_size=BATCH, train_size=10_240, policy="byol", optimizer="sgd", lr=0.01)
+    fixed = dict(loss="barlow", dataset="cifar10", preset="gpu", batch_size=BATCH, train_size=10_240, policy="byol",
+                 optimizer="sgd", lr=0.01)
     return resolve(Config(**fixed | NETS[net] | other))
 
 
@@ -121,7 +132,7 @@ def ours(net, steps, amp="off", **other):
     start = time.perf_counter()
     state.epoch()
     whole = (time.perf_counter() - start) / steps
-    layout, rows = dict(memory_format=torch.channels_last), torch.arange(BATCH if "batch_size" not in other else other["batch_size"])
+    layout, rows = dict(memory_format=torch.channels_last), torch.arange(other.get("batch_size", BATCH))
     clock = Clock()
     for _ in range(max(2, steps // 2)):
         clock.last = time.perf_counter()
@@ -142,7 +153,7 @@ def ours(net, steps, amp="off", **other):
 
 
 def lightly_recipe(net, steps, workers=WORKERS, threads=THREADS):
-    """lightly's documented Barlow Twins: its transform for CIFAR-10, a DataLoader, each view through the model, its loss, SGD."""
+    """lightly's documented Barlow Twins: its transform for CIFAR-10, a DataLoader, each view through the model, SGD."""
     import torch
     from lightly.loss import BarlowTwinsLoss
     from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
@@ -152,8 +163,10 @@ def lightly_recipe(net, steps, workers=WORKERS, threads=THREADS):
     torch.set_num_threads(threads)
     c = config(net)
     data = images(c.image_size, c.train_size)
-    transform = BYOLTransform(view_1_transform=BYOLView1Transform(input_size=c.image_size, gaussian_blur=0.0), view_2_transform=BYOLView2Transform(input_size=c.image_size, gaussian_blur=0.0))
-    loader = torch.utils.data.DataLoader(Pictures(data.images["train"], transform), BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
+    one, two = (kind(input_size=c.image_size, gaussian_blur=0.0) for kind in (BYOLView1Transform, BYOLView2Transform))
+    pictures = Pictures(data.images["train"], BYOLTransform(view_1_transform=one, view_2_transform=two))
+    loader = torch.utils.data.DataLoader(pictures, BATCH, shuffle=True, drop_last=True, num_workers=workers,
+                                         persistent_workers=workers > 0)
     model, criterion = build_embed(c, data), BarlowTwinsLoss(lambda_param=c.lambda_param)
     optimizer = torch.optim.SGD(model.parameters(), lr=c.lr, momentum=0.9, weight_decay=c.weight_decay)
 
@@ -184,7 +197,8 @@ def lightly_recipe(net, steps, workers=WORKERS, threads=THREADS):
 
 
 def evaluation():
-    """Linear probe and both kNNs on features of all 60,000 images, 512 of each, by an encoder trained for two epochs; and scikit-learn's logistic regression alone on the same."""
+    """Linear probe and both kNNs on 512 features of all 60,000 images, by an encoder trained for two epochs;
+    and scikit-learn's logistic regression alone on the same."""
     import numpy as np
     import torch
     from sklearn.linear_model import LogisticRegression
@@ -206,26 +220,37 @@ def evaluation():
     out["seconds"]["linear probe"] = time.perf_counter() - start
     for k, metric in ((5, "euclidean"), (200, "cosine")):
         start = time.perf_counter()
-        out[f"knn{k}_{metric}"] = knn_accuracy(features["train"], data.labels["train"], features["test"], data.labels["test"], k, metric)
+        known = [d[s] for s in ("train", "test") for d in (features, data.labels)]
+        out[f"knn{k}_{metric}"] = knn_accuracy(*known, k, metric)
         out["seconds"][f"{k}-NN {metric}"] = time.perf_counter() - start
     out["linear"] = found
     # the same strength, each fit on its own in float64 until it converges
     mean, std = (getattr(features["train"].double(), f)(0).numpy() for f in ("mean", "std"))
     x = {s: (f.double().numpy() - mean) / std for s, f in features.items()}
     start = time.perf_counter()
-    model = LogisticRegression(C=found["C"] * 1e4 / len(x["train"]), max_iter=5000, tol=1e-6).fit(x["train"], data.labels["train"].numpy())
-    out["scikit_learn"] = dict(accuracy=100 * model.score(x["test"], data.labels["test"].numpy()), iterations=int(np.max(model.n_iter_)), seconds=time.perf_counter() - start)
+    model = LogisticRegression(C=found["C"] * 1e4 / len(x["train"]), max_iter=5000, tol=1e-6)
+    model.fit(x["train"], data.labels["train"].numpy())
+    accuracy = 100 * model.score(x["test"], data.labels["test"].numpy())
+    seconds = time.perf_counter() - start
+    out["scikit_learn"] = dict(accuracy=accuracy, iterations=int(np.max(model.n_iter_)), seconds=seconds)
     return out
 
 
 # turns
 
 
+def told(out):
+    """Print a result with the peak memory of this process, as JSON."""
+    kb = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    print(json.dumps({**out, "peak_mb": round(kb / 1024)}))
+
+
 def child(call):
     """Run `call` in a process of its own; its result with its peak memory, workers not counted."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/harness")])
+    env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": paths}
     # ru_maxrss would begin with the size of this process, which the child was forked from
-    code = f"import json, re, speed_harness as h\nout = h.{call}\nkb = int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\nprint(json.dumps({{**out, 'peak_mb': round(kb/1024)}}))"
+    code = f"import speed_harness as h\nh.told(h.{call})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -243,16 +268,20 @@ def turns(calls, rounds):
 
 
 def view():
-    return {name: turns({side: f"views({side!r}, {name!r})" for side in ("pid_ssl", "torchvision, PIL", "torchvision, tensor")}, 3) for name in ("cifar", "byol")}
+    sides = "pid_ssl", "torchvision, PIL", "torchvision, tensor"
+    return {name: turns({side: f"views({side!r}, {name!r})" for side in sides}, 3) for name in ("cifar", "byol")}
 
 
 def train():
     out = {}
     for net, steps, rounds in (("CPU net", 20, 5), ("ResNet-18", 2, 3)):
-        sides = {"pid_ssl, float32": f"ours({net!r}, {steps})", "lightly, 2 workers": f"lightly_recipe({net!r}, {steps})", "pid_ssl, bfloat16": f"ours({net!r}, {steps}, 'on')"}
+        sides = {"pid_ssl, float32": f"ours({net!r}, {steps})",
+                 "lightly, 2 workers": f"lightly_recipe({net!r}, {steps})",
+                 "pid_ssl, bfloat16": f"ours({net!r}, {steps}, 'on')"}
         if net == "CPU net":  # where views take a large share
             sides["lightly, 1 worker"] = f"lightly_recipe({net!r}, {steps}, 1)"
-            sides["lightly, 1 worker, 1 thread"] = f"lightly_recipe({net!r}, {steps}, 1, 1)"  # threads that do not share a core with a worker
+            # threads that do not share a core with a worker
+            sides["lightly, 1 worker, 1 thread"] = f"lightly_recipe({net!r}, {steps}, 1, 1)"
         out[net] = turns(sides, rounds)
     return out
 
@@ -260,7 +289,8 @@ def train():
 def growth():
     """Seconds a step of the CPU net by one setting at a time."""
     settings = dict(batch_size=(64, 128, 256, 512, 1024), image_size=(16, 32, 64), projector_dim=(64, 128, 512, 2048))
-    return {k: [dict(value=v, **child(f"ours('CPU net', 5, **{{{k!r}: {v}}})")) for v in values] for k, values in settings.items()}
+    timed = lambda k, v: dict(value=v, **child(f"ours('CPU net', 5, {k}={v})"))
+    return {k: [timed(k, v) for v in values] for k, values in settings.items()}
 
 
 def provenance():
@@ -271,8 +301,10 @@ def provenance():
     from pid_ssl.data import load_dataset
     from pid_ssl.records import device_name, git_state
 
-    return dict(device=device_name("cpu"), cores=THREADS, threads=THREADS, workers=WORKERS, batch_size=BATCH, load_before=os.getloadavg()[0], data=load_dataset("cifar10").note, python=platform.python_version(),
-                versions={p: version(p) for p in ("torch", "torchvision", "lightly", "scikit-learn", "pillow")}, source_hash=source_hash(), **git_state(ROOT))
+    packages = "torch", "torchvision", "lightly", "scikit-learn", "pillow"
+    return dict(device=device_name("cpu"), cores=THREADS, threads=THREADS, workers=WORKERS, batch_size=BATCH,
+                load_before=os.getloadavg()[0], data=load_dataset("cifar10").note, python=platform.python_version(),
+                versions={p: version(p) for p in packages}, source_hash=source_hash(), **git_state(ROOT))
 
 
 if __name__ == "__main__":
@@ -280,4 +312,5 @@ if __name__ == "__main__":
     for part in sys.argv[1:] or ("view", "train", "growth", "eval"):
         about = provenance()
         result = evaluation() if part == "eval" else globals()[part]()
-        (ROOT / f"data/benchmarks/{part}_speed.json").write_text(json.dumps({"provenance": about, "rows": result}, indent=1) + "\n")
+        text = json.dumps({"provenance": about, "rows": result}, indent=1) + "\n"
+        (ROOT / f"data/benchmarks/{part}_speed.json").write_text(text)
