@@ -8,13 +8,13 @@ __all__ = ['ARMS', 'PID_ARMS', 'CONTRASTIVE', 'CONTROLLED', 'controlled_config',
            'controlled_id', 'bound', 'matched', 'Arm', 'build_arm', 'probes', 'run_controlled', 'command']
 
 # %% ../../nbs/experiments/76_controlled.ipynb #acdb140d
-import hashlib, sys, time, warnings
+import hashlib, time, warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..config import Checked, ConfigError, digest, guarded, read_args, setting
+from ..config import Checked, ConfigError, digest, read_args, setting
 from ..data.trifeature import Trifeature
 from ..data.views import Policy, ViewMaker
 from ..evaluate import calibrate_batchnorm, linear_probe, mlp_probe
@@ -343,6 +343,3 @@ def command(argv: list | None = None, # default the process's arguments
            ) -> None:
     "The command line."
     run_controlled(read_args(argv, ControlledConfig, 'pid_ssl controlled', 'Train, probe and record one arm.'))
-
-if __name__ == '__main__' and '__file__' in globals():
-    sys.exit(guarded(command, None))  # not in a notebook

@@ -8,11 +8,11 @@ __all__ = ['DOWNSTREAM', 'downstream_config', 'downstream_folder', 'load_downstr
            'measured_fields', 'as_read', 'run_downstream', 'downstream_args', 'command']
 
 # %% ../../nbs/experiments/75_downstream.ipynb #b23449b2
-import dataclasses, importlib.util, sys, time, warnings
+import dataclasses, importlib.util, time, warnings
 from dataclasses import dataclass
 import torch
 from torch import nn
-from ..config import (POLICIES_BY_DATASET, TASK_TABLE, Checked, ConfigError, digest, guarded, read_args, setting,
+from ..config import (POLICIES_BY_DATASET, TASK_TABLE, Checked, ConfigError, digest, read_args, setting,
                             tasks_that_read)
 from ..data import POLICIES, DataError, Dataset, Policy, ViewMaker, load_dataset
 from ..data.dense import load_detection, load_segmentation
@@ -321,7 +321,3 @@ def command(argv: list | None = None, # default the process's arguments
         run_downstream(downstream_args(argv))
     except ValueError as e:  # a measure that cannot take the encoder, the labels or a setting says so in its own words
         raise DataError(str(e)) from e
-
-# %% ../../nbs/experiments/75_downstream.ipynb #314f9b8f
-if __name__ == '__main__' and '__file__' in globals():
-    sys.exit(guarded(command, None))  # not in a notebook
