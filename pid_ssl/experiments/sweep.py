@@ -222,6 +222,7 @@ def make(planned: list,                 # of `Planned`
     if encoders:
         made = make(_encoders(encoders), workers, name, notebooks)
         ids |= {encoder: record.run_id for encoder, record in zip(encoders, made)}
+        todo = [i for i in todo if planned[i].config not in ids]
     folder, called, jobs = home/'data'/'sweeps'/name, labels(planned), []
     for i in todo:
         ready = planned[i].at(run=ids[getattr(planned[i], 'encoder', None)])

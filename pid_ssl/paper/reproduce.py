@@ -71,13 +71,13 @@ def _entries(names, root, records):
         manifest = json.loads((root/'figures'/'manifest.json').read_text())
     except (OSError, ValueError) as e:
         raise ConfigError('root', str(root), f'a folder with figures/manifest.json ({e})') from None
-    words = lambda name: tuple(sorted(str(name).split('_')))
+    words = lambda name: '_'.join(sorted(str(name).split('_')))
     known = {path.stem: dict(recipes=[path.stem], files={}) for path in (root/'nbs'/'sweeps').glob('*.toml')}
     known |= {i: dict(runs=[i], files={}) for i in records} | manifest
     found = {words(k): k for k in known}
     for name in names:
         if words(name) not in found:
-            near = ', '.join(difflib.get_close_matches(str(name), known, n=3))
+            near = ', '.join(found[w] for w in difflib.get_close_matches(words(name), found, n=3))
             hint = f'did you mean {near}? ' if near else ''
             raise ConfigError('figure', name, f"{hint}a recipe, a record's id, or one of {', '.join(manifest)}")
         yield known[found[words(name)]]
