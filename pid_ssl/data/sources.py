@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from ..config import project_root
-from .files import folder_source, is_image, listed_source, listing, parquet_files, parquet_source, split_of
+from .files import folder_source, is_image, listed_source, parquet_files, parquet_source
+from .splits import listing, split_of
 from .images import CHUNK, DataError, Source, check_labels, file_hash
 from .table import DATASETS, fetch_command
 
