@@ -105,8 +105,10 @@ class Arm(nn.Module):
         self.projectors = nn.ModuleList(build_projector(features, 2*features, c.dim) for _ in range(2))
         self.begin(c)
 
-    def begin(self, c):
-        pass
+    def begin(self,
+              c: ControlledConfig, # sizes and weights
+             ) -> None:
+        "Make what an arm has of its own."
 
     def mixed(self,
               h1: torch.Tensor, # (n, f) features of modality 1

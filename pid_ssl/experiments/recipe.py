@@ -80,7 +80,9 @@ class PlannedArm(Planned):
     "A run of the controlled benchmark."
     kind, verb = CONTROLLED, 'controlled'
 
-    def settled(self, images=0):
+    def settled(self,
+                images: int = 0, # not asked for here
+               ) -> str:
         return controlled_id(self.config)
 
 @dataclass(frozen=True)
@@ -89,14 +91,19 @@ class Measurement(Planned):
     encoder: Config # of that run
     kind, verb = DOWNSTREAM, 'measure'
 
-    def settled(self, images=0):
+    def settled(self,
+                images: int = 0, # training images of what is measured, where they are known
+               ) -> list:        # JSON
         source, weights = Planned(self.encoder), self.config.weights
         run = _resolved(self.encoder, source.device)
         control = ('dataset', 'image_size', 'train_size', 'encoder', 'width', 'seed')
         encoder = dict(pretrained=source.key(), untrained={k: getattr(run, k) for k in control}, pixels={})[weights]
         return [measured_fields(resolve_downstream(self.config, vars(run), images)), weights, encoder]
 
-    def at(self, encoder=None, **machine):
+    def at(self,
+           encoder: Planned | None = None, # run that is measured
+           **machine,                      # fields of the machine
+          ) -> 'Measurement':
         encoder = encoder or Planned(self.encoder).at(**{k: v for k, v in machine.items() if k != 'device'})
         return dataclasses.replace(super().at(**machine), encoder=encoder.config)
 

@@ -91,7 +91,7 @@ def read_register(path: str | Path | None = None, # default data/registered.toml
     return out
 
 # %% ../../nbs/figures/88_comparisons.ipynb #cbad9306
-def comparison_rows(register: Registration,
+def comparison_rows(register: Registration, # of `read_register`
                     values: dict, # (arm, measure) -> {seed: number}, primary and secondary measures
                    ) -> list:     # of dicts: ours, baseline, measure, family, difference (`Difference` or None), p_holm
     "Every registered pair in every measure; Holm over the primary ones."

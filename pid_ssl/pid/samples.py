@@ -63,7 +63,7 @@ ESTIMATORS = ("coordinate", "gaussian", "quantised", "infonce")
 
 
 def as_labels(
-    x,  # torch tensor, numpy array or list
+    x: Tensor,  # or numpy array or list
 ) -> Optional[Tensor]:
     "Class numbers `(n,)` from 0 where `x` is labels, one-dimensional integers or booleans; else None"
     x = torch.as_tensor(x)

@@ -79,7 +79,10 @@ class Kind(Settings):
         records = [load_record(p, self.parse) for p in paths]
         return [r for r in records if r.status == 'finished' and matches(r, where)]
 
-def matches(record, where):
+def matches(record: RunRecord, # of any kind
+            where: dict,       # field -> value; a tuple means any of its values; encoder_ before a field of the encoder
+           ) -> bool:
+    "Whether a record has these settings."
     for name, wanted in where.items():
         if name.startswith('encoder_') and name not in record.config:
             value = record.provenance.get('encoder', {}).get(name.removeprefix('encoder_'))
