@@ -34,18 +34,26 @@ class Policy:
     solarize: float = 0.         # probability of solarising: values from 1/2 up are inverted
     noise: float = 0.            # standard deviation of pixel noise, of a 0..1 range
     padding: str = 'border'      # what lies outside the image: 'border' or 'zeros'
-    boxes: str = 'continuous'    # crop boxes: 'continuous', cut at the border, or 'pixels', as torchvision draws them (crop and flip only)
+    # crop boxes: 'continuous', cut at the border, or 'pixels', as torchvision draws them (crop and flip only)
+    boxes: str = 'continuous'
 
 POLICIES = {
     'none': Policy(),
-    'digits': Policy(rotate=15, translate=0.125, zoom=0.15, jitter=1., brightness=0.4, contrast=0.4, noise=0.1, padding='zeros'),
-    'cifar': Policy(crop=(0.2, 1.), flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, gray=0.2),
+    'digits': Policy(rotate=15, translate=0.125, zoom=0.15, jitter=1., brightness=0.4, contrast=0.4, noise=0.1,
+                     padding='zeros'),
+    'cifar': Policy(crop=(0.2, 1.), flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1,
+                    gray=0.2),
     # half and one and a half times cifar's amounts, to see what the strength of the augmentation changes
-    'cifar_weak': Policy(crop=(0.6, 1.), flip=0.5, jitter=0.8, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, gray=0.1),
-    'cifar_strong': Policy(crop=(0.08, 1.), flip=0.5, jitter=0.8, brightness=0.6, contrast=0.6, saturation=0.6, hue=0.15, gray=0.3),
-    # recipes for larger images, with torchvision's crops: Chen et al. 2020 (appendix A), and Grill et al. 2020 (table 6) with the mean of its two policies
-    'simclr': Policy(crop=(0.08, 1.), flip=0.5, jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, gray=0.2, blur=0.5, boxes='pixels'),
-    'byol': Policy(crop=(0.08, 1.), flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, gray=0.2, blur=0.55, solarize=0.1, boxes='pixels'),
+    'cifar_weak': Policy(crop=(0.6, 1.), flip=0.5, jitter=0.8, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05,
+                         gray=0.1),
+    'cifar_strong': Policy(crop=(0.08, 1.), flip=0.5, jitter=0.8, brightness=0.6, contrast=0.6, saturation=0.6,
+                           hue=0.15, gray=0.3),
+    # recipes for larger images, with torchvision's crops: Chen et al. 2020 (appendix A), and Grill et al. 2020
+    # (table 6) with the mean of its two policies
+    'simclr': Policy(crop=(0.08, 1.), flip=0.5, jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2,
+                     gray=0.2, blur=0.5, boxes='pixels'),
+    'byol': Policy(crop=(0.08, 1.), flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1,
+                   gray=0.2, blur=0.55, solarize=0.1, boxes='pixels'),
 }
 
 # %% ../../nbs/data/35_views.ipynb #36b94284
@@ -89,7 +97,9 @@ def affine_parameters(n: int,             # images
         w, zero = torch.where(_chance(n, policy.flip, g), -w, w), torch.zeros_like(w)
         return torch.stack([torch.stack([w, zero, x], -1), torch.stack([zero, h, y], -1)], 1)
     area = _uniform(n, *policy.crop, g)
-    ratio = torch.exp(_uniform(n, math.log(policy.ratio[0]), math.log(policy.ratio[1]), g)) if policy.crop != (1., 1.) else torch.ones_like(area)
+    ratio = torch.ones_like(area)
+    if policy.crop != (1., 1.):
+        ratio = torch.exp(_uniform(n, *map(math.log, policy.ratio), g))
     w, h = (area*ratio).sqrt().clamp(max=1.), (area/ratio).sqrt().clamp(max=1.)
     x, y = _uniform(n, -1, 1, g)*(1 - w), _uniform(n, -1, 1, g)*(1 - h)  # centre of the box, the box stays inside
     x, y = x + _uniform(n, -2, 2, g)*policy.translate, y + _uniform(n, -2, 2, g)*policy.translate
@@ -99,17 +109,20 @@ def affine_parameters(n: int,             # images
     cos, sin = turn.cos()*scale, turn.sin()*scale
     return torch.stack([torch.stack([w*cos, -h*sin, x], -1), torch.stack([w*sin, h*cos, y], -1)], 1)
 
+# %% ../../nbs/data/35_views.ipynb #258cde5e
 def resample(x: torch.Tensor,     # (n, c, side, side)
              theta: torch.Tensor, # (n, 2, 3) from `affine_parameters`
              policy: Policy,      # the same
             ) -> torch.Tensor:    # (n, c, side, side)
     "Apply one affine map an image, bilinear."
     if policy.boxes == 'pixels':
-        return _weights(theta[:, 1, 1], theta[:, 1, 2], x)[:, None] @ x @ _weights(theta[:, 0, 0], theta[:, 0, 2], x)[:, None].mT
-    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), mode='bilinear', padding_mode=policy.padding, align_corners=False)
+        across, down = (_weights(theta[:, i, i], theta[:, i, 2], x)[:, None] for i in (0, 1))
+        return down @ x @ across.mT
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode='bilinear', padding_mode=policy.padding, align_corners=False)
 
 def _weights(scale, centre, x):
-    # (n, side, side): what each pixel of a side gives to each pixel of the view; what lies outside the box does not exist
+    # (n, side, side): what each pixel of a side gives to each pixel of the view; nothing lies outside the box
     pixel = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
     at = lambda v: (v + 1)*x.shape[-1]/2 - 0.5
     position = at(centre[:, None] + scale[:, None]*((2*pixel + 1)/x.shape[-1] - 1))
@@ -149,12 +162,14 @@ def draw_colour(n: int,             # images
                ) -> list:           # of (name, (n, 1, 1, 1) factors or (n,) turns), in the order of application
     "Draw the colour operations of a batch."
     on = _chance(n, policy.jitter, g).float()
-    drawn = {k: 1 + on*_uniform(n, -v, v, g) for k, v in (('brightness', policy.brightness), ('contrast', policy.contrast), ('saturation', policy.saturation))}
+    amounts = {k: getattr(policy, k) for k in ('brightness', 'contrast', 'saturation')}
+    drawn = {k: 1 + on*_uniform(n, -v, v, g) for k, v in amounts.items()}
     drawn['hue'] = on*_uniform(n, -policy.hue, policy.hue, g)
     steps = [k for k in drawn if getattr(policy, k) and (colour or k in ('brightness', 'contrast'))]
     # the order comes from a generator on the CPU, so that no value has to travel back from the device
     host = _host(g)
-    steps = [(steps[i], drawn[steps[i]]) for i in torch.randperm(len(steps), generator=host, device=host.device).tolist()]
+    order = torch.randperm(len(steps), generator=host, device=host.device).tolist()
+    steps = [(steps[i], drawn[steps[i]]) for i in order]
     return steps + ([('gray', _chance(n, policy.gray, g))] if policy.gray and colour else [])
 
 def _host(g):
@@ -187,7 +202,8 @@ def gaussian_blur(x: torch.Tensor,     # (n, c, side, side)
     "Blur each image by its own amount, reflected at the border."
     reach = max(1, x.shape[-1]//20)
     taps = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
-    weights = torch.where(sigma[:, None] > 0, (-(taps/sigma.clamp(min=1e-6)[:, None])**2/2).softmax(1), (taps == 0).to(x.dtype))
+    bell = (-(taps/sigma.clamp(min=1e-6)[:, None])**2/2).softmax(1)
+    weights = torch.where(sigma[:, None] > 0, bell, (taps == 0).to(x.dtype))
     def along(v):
         out = weights[:, 0].view(-1, 1, 1, 1)*v[..., :x.shape[-1]]
         for i in range(1, len(taps)):
@@ -202,7 +218,7 @@ def draw_view(n: int,             # images
               g: torch.Generator, # source of all randomness
               channels: int = 3,  # of the images
               side: int = 32,     # of the images, in pixels
-             ) -> tuple:          # omega: name -> (n,) tensor, `theta` (n, 2, 3); and the colour operations in their order
+             ) -> tuple:          # omega: name -> (n,) tensor, `theta` (n, 2, 3); and the colour operations in order
     "Draw what is done to each image of a batch, less the pixel noise."
     omega = {'theta': affine_parameters(n, policy, g, side)}
     colour = draw_colour(n, policy, g, channels == 3)
@@ -232,7 +248,8 @@ class ViewMaker:
         if policy not in POLICIES:
             raise ConfigError('policy', policy, ', '.join(POLICIES))
         self.policy = POLICIES[policy]
-        self.mean, self.std = (torch.as_tensor(v, dtype=torch.float32, device=device).view(1, -1, 1, 1) for v in (mean, std))
+        at = dict(dtype=torch.float32, device=device)
+        self.mean, self.std = (torch.as_tensor(v, **at).view(1, -1, 1, 1) for v in (mean, std))
         self.generator = _Generator(device).manual_seed(seed)
         self.generator.share = share
 

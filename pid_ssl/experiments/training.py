@@ -27,12 +27,14 @@ def device_class(config: Config, # any config
     if config.device == 'auto':
         return 'cuda' if have['cuda'] else 'cpu'
     if not have[config.device]:
-        raise ConfigError('device', config.device, ', '.join(['auto'] + [d for d, ok in have.items() if ok]) + ' on this machine')
+        here = ['auto', *(d for d, ok in have.items() if ok)]
+        raise ConfigError('device', config.device, f"{', '.join(here)} on this machine")
     return config.device
 
 # %% ../../nbs/experiments/73_training.ipynb #3ae1fe47
 def default_threads() -> int: # threads
-    "Threads of a run that names none: `$OMP_NUM_THREADS`, else one less than the cores this process may use, divided by the processes that torchrun launched here, up to 8."
+    """Threads of a run that names none: `$OMP_NUM_THREADS`, else one less than the cores this process may use, divided
+    by the processes that torchrun launched here, up to 8."""
     env = os.environ.get('OMP_NUM_THREADS', '')
     return int(env) if env.isdigit() and int(env) else max(1, min(8, (cores() - 1)//launched()[3]))
 
@@ -60,9 +62,10 @@ def synergy_strength(step: int,               # from 0
     up, down = (step - round(share*total) + 1 for share in (redundancy_phase, end))
     return min(1., max(0, up)/way)*(1 - min(1., max(0, down)/way))
 
-# %% ../../nbs/experiments/73_training.ipynb #b2548177
+# %% ../../nbs/experiments/73_training.ipynb #4139cb17
 class NonFiniteLoss(FloatingPointError):
-    "The loss, one of its terms or a weight became NaN or infinite, or a covariance singular; the message names epoch, step and term and describes the batch."
+    """The loss, one of its terms or a weight became NaN or infinite, or a covariance singular; the message names epoch,
+    step and term and describes the batch."""
 
 def build_embed(config: Config,   # resolved
                 dataset: Dataset, # for the number of channels
@@ -74,7 +77,8 @@ def build_embed(config: Config,   # resolved
     sizes = config.projector_hidden, config.projector_dim, config.projector_layers
     if not conditioned(config):
         return nn.Sequential(encoder, build_projector(encoder.num_features, *sizes))
-    return nn.Sequential(encoder, ConditionedProjector(encoder.num_features, len(own_columns(config, channels)), *sizes))
+    parameters = len(own_columns(config, channels))
+    return nn.Sequential(encoder, ConditionedProjector(encoder.num_features, parameters, *sizes))
 
 def conditioned(config: Config, # resolved
                ) -> bool:
@@ -102,71 +106,62 @@ def head_features(encoder: nn.Module, # of the config
     encoder.train(mode)
     return shape
 
-class Pretraining:
-    "State of a run: modules, optimiser, views and random states; one call of `epoch` trains for one epoch."
-    def __init__(self,
-                 config: Config,   # resolved
-                 dataset: Dataset, # splits on the CPU
-                 device: str,      # 'cpu', 'cuda' or 'mps'
-                 group: Processes = Processes(), # that share each batch
-                ):
-        self.config, self.device, self.group = config, device, group
-        self.batch_source = Batches(dataset.pretraining, device, config.images_on)
-        self.images = self.batch_source.images
-        embed, self.channels = build_embed(config, dataset), self.images.shape[1]
-        self.loss = group.prepare(build_loss(config, head_features(embed[0], config, self.channels), self.channels)).to(device)
-        self.embed = group.prepare(embed, device).to(device, memory_format=torch.channels_last)
-        self.relational = reads(config, 'w_s')
-        self.own = own_columns(config, self.channels) if conditioned(config) else {}
-        self.peers = config.views if reads(config, 'views') else 2
-        self.teacher = EMATeacher(self.embed, config.ema_momentum) if self.loss.needs_target else None
-        self.target = config.target if reads(config, 'target') else 'ema_view'  # BYOL: each view predicts the other
-        self.views = ViewMaker(config.policy, dataset.mean, dataset.std, config.seed, device, (group.rank, group.size))
-        self.params = [p for m in (self.embed, self.loss) for p in m.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(config, self.params, device)
-        forward = self.embed[0] if self.relational else self.embed
-        self.forward = Compiled(forward) if config.compiled else forward
-        self.steps, self.step, self.history = len(self.images)//step_images(config), 0, []
-        self.log, self.batches = [], []  # of the epoch that is under way: terms, and statistics of the embeddings
-        self.source = source_hash()
-        self.amp = config.amp == 'on' or config.amp == 'auto' and device == 'cuda'
-        torch.manual_seed(config.seed)
+# %% ../../nbs/experiments/73_training.ipynb #14ac4fc4
+class _Said:
+    def _check(self, number):
+        log = self.log
+        finite = lambda row: torch.stack(list(row.values())).isfinite().all()
+        if finite(log[-1]) and (self.device == 'cpu' or torch.stack([finite(row) for row in log]).all()):
+            return
+        i = next(i for i, row in enumerate(log) if not finite(row))
+        terms = {k: v.item() for k, v in log[i].items()}
+        bad = [k for k, v in terms.items() if not math.isfinite(v)]
+        text = ', '.join(f'{k}={v:.4g}' for k, v in terms.items())
+        raise NonFiniteLoss(f"{self._where(number, i)}: not finite: {', '.join(bad)} (terms: {text}; "
+                            f'{self._batch(i - len(log))}); a lower lr, a longer warmup or, for pid, a larger '
+                            'shrinkage may help')
 
-    def set_strength(self) -> None:
-        "Set the loss's strength for the step to come."
-        c = self.config
-        if reads(c, 'anneal'):
-            end = c.synergy_end if reads(c, 'synergy_end') else 1.
-            self.loss.strength = synergy_strength(self.step, self.steps*c.epochs, c.redundancy_phase, c.anneal, end)
+    def _where(self, number, i):
+        return f'{self.config.loss}: epoch {number + 1}, step {i + 1} of {self.steps}'
 
-    def image_passes(self) -> int: # forward counts 1, backward 2
-        "Image passes of the whole run: the unit in which objectives are compared at equal compute."
-        c, total, now = self.config, self.steps*self.config.epochs, self.step
-        asked = 0
-        for self.step in range(total):
-            self.set_strength()
-            asked += self.teacher is not None and self.loss.wants_target
-        self.step = now
-        return step_images(c)*(total*self.peers*3 + asked*(1 if self.target == 'ema_clean' else 2))
+    def _batch(self, i):
+        if len(self.batches) < -i:
+            return 'batch of an earlier start'
+        finite, rms, largest, least = self.batches[i].tolist()
+        views = 'two' if self.peers == 2 else self.peers
+        return (f'batch: {step_images(self.config)} images in {views} views, embeddings {finite:.0%} finite, '
+                f'root mean square {rms:.4g}, largest {largest:.4g}, '
+                f'least standard deviation of a coordinate {least:.4g}; '
+                f"lr {self.optimizer.param_groups[0]['lr']:.4g}")
 
+def _statistics(z):
+    finite = z.isfinite()
+    z = torch.where(finite, z, 0)
+    return torch.stack([finite.float().mean(), z.square().mean().sqrt(), z.abs().amax(), z.std(0).amin()])
+
+# %% ../../nbs/experiments/73_training.ipynb #fe309833
+class _Batch(_Said):
     def batch_loss(self,
                    images: torch.Tensor, # (n, c, h, w) uint8 on the device
                   ) -> torch.Tensor:     # scalar
-        "The loss of one batch. Both views go through the network together: they are draws of one distribution, and batch norm sees them so."
+        """The loss of one batch. Both views go through the network together: they are draws of one distribution, and
+        batch norm sees them so."""
         if self.relational:
             return self.relation_loss(images)
-        layout = dict(memory_format=torch.channels_last)
         v = torch.cat([self.views(images) for _ in range(self.peers)])
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.amp):
-            z = self.forward(v.contiguous(**layout))
-            targets = []
-            if self.teacher is not None and self.loss.wants_target:
-                draws = ([self.views.clean(images)] if self.target == 'ema_clean' else list(v.chunk(2)) if self.target == 'ema_view'
-                         else [self.views(images), self.views(images)])
-                targets = [self.teacher(d.contiguous(**layout)) for d in draws]
+            z = self.forward(v.contiguous(memory_format=torch.channels_last))
+            targets = self._targets(images, v) if self.teacher is not None and self.loss.wants_target else []
         self.batches.append(_statistics(z.detach().float()))
         z = z.chunk(self.peers)
         return self.loss(*z, *targets) if self.peers == 2 else self.loss(z)
+
+    def _targets(self, images, v):
+        if self.target == 'ema_clean':
+            draws = [self.views.clean(images)]
+        else:
+            draws = v.chunk(2) if self.target == 'ema_view' else [self.views(images), self.views(images)]
+        return [self.teacher(d.contiguous(memory_format=torch.channels_last)) for d in draws]
 
     def relation_loss(self,
                       images: torch.Tensor, # (n, c, h, w) uint8 on the device
@@ -195,6 +190,27 @@ class Pretraining:
         "What a conditioned projector is told."
         return torch.stack([(each[k] - column.mean)/column.std for k, column in self.own.items()], 1)
 
+# %% ../../nbs/experiments/73_training.ipynb #a7c0d1e2
+class _Schedule(_Batch):
+    def set_strength(self) -> None:
+        "Set the loss's strength for the step to come."
+        c = self.config
+        if reads(c, 'anneal'):
+            end = c.synergy_end if reads(c, 'synergy_end') else 1.
+            self.loss.strength = synergy_strength(self.step, self.steps*c.epochs, c.redundancy_phase, c.anneal, end)
+
+    def image_passes(self) -> int: # forward counts 1, backward 2
+        "Image passes of the whole run: the unit in which objectives are compared at equal compute."
+        c, total, now = self.config, self.steps*self.config.epochs, self.step
+        asked = 0
+        for self.step in range(total):
+            self.set_strength()
+            asked += self.teacher is not None and self.loss.wants_target
+        self.step = now
+        return step_images(c)*(total*self.peers*3 + asked*(1 if self.target == 'ema_clean' else 2))
+
+# %% ../../nbs/experiments/73_training.ipynb #7df23cf3
+class _Epochs(_Schedule):
     def epoch(self,
               stopped: Callable = lambda: False, # asked after every step but the last
              ) -> dict | None:                   # means over the epoch's steps; None when stopped
@@ -232,7 +248,8 @@ class Pretraining:
         # a gradient can overflow where the loss did not: such weights must not reach a checkpoint
         bad = [n for n, p in (*self.embed.named_parameters(), *self.loss.named_parameters()) if not p.isfinite().all()]
         if bad:
-            raise NonFiniteLoss(f'{self._where(number, self.steps - 1)}: the loss is finite, the weights after it are not: {bad[0]} ({self._batch(-1)}); a lower lr or a longer warmup may help')
+            raise NonFiniteLoss(f'{self._where(number, self.steps - 1)}: the loss is finite, the weights after it are '
+                                f'not: {bad[0]} ({self._batch(-1)}); a lower lr or a longer warmup may help')
         # the terms of the two phases differ: each is the mean over the steps that had it
         names = dict.fromkeys(k for row in log for k in row)
         means = torch.stack([torch.stack([row[k] for row in log if k in row]).mean() for k in names]).tolist()
@@ -240,29 +257,34 @@ class Pretraining:
         self.log = []
         return {'epoch': number + 1, 'lr': lr, **dict(zip(names, means)), **phase}
 
-    def _check(self, number):
-        log = self.log
-        finite = lambda row: torch.stack(list(row.values())).isfinite().all()
-        if finite(log[-1]) and (self.device == 'cpu' or torch.stack([finite(row) for row in log]).all()):
-            return
-        i = next(i for i, row in enumerate(log) if not finite(row))
-        terms = {k: v.item() for k, v in log[i].items()}
-        bad = [k for k, v in terms.items() if not math.isfinite(v)]
-        raise NonFiniteLoss(f"{self._where(number, i)}: not finite: {', '.join(bad)} (terms: {', '.join(f'{k}={v:.4g}' for k, v in terms.items())}; {self._batch(i - len(log))}); "
-                            "a lower lr, a longer warmup or, for pid, a larger shrinkage may help")
-
-    def _where(self, number, i):
-        return f'{self.config.loss}: epoch {number + 1}, step {i + 1} of {self.steps}'
-
-    def _batch(self, i):
-        if len(self.batches) < -i:
-            return 'batch of an earlier start'
-        finite, rms, largest, least = self.batches[i].tolist()
-        views = f"{'two' if self.peers == 2 else self.peers} views"
-        return (f"batch: {step_images(self.config)} images in {views}, embeddings {finite:.0%} finite, root mean square {rms:.4g}, largest {largest:.4g}, "
-                f"least standard deviation of a coordinate {least:.4g}; lr {self.optimizer.param_groups[0]['lr']:.4g}")
-
-def _statistics(z):
-    finite = z.isfinite()
-    z = torch.where(finite, z, 0)
-    return torch.stack([finite.float().mean(), z.square().mean().sqrt(), z.abs().amax(), z.std(0).amin()])
+# %% ../../nbs/experiments/73_training.ipynb #38289447
+class Pretraining(_Epochs):
+    "State of a run: modules, optimiser, views and random states; one call of `epoch` trains for one epoch."
+    def __init__(self,
+                 config: Config,   # resolved
+                 dataset: Dataset, # splits on the CPU
+                 device: str,      # 'cpu', 'cuda' or 'mps'
+                 group: Processes = Processes(), # that share each batch
+                ):
+        self.config, self.device, self.group = config, device, group
+        self.batch_source = Batches(dataset.pretraining, device, config.images_on)
+        self.images = self.batch_source.images
+        embed, self.channels = build_embed(config, dataset), self.images.shape[1]
+        features = head_features(embed[0], config, self.channels)
+        self.loss = group.prepare(build_loss(config, features, self.channels)).to(device)
+        self.embed = group.prepare(embed, device).to(device, memory_format=torch.channels_last)
+        self.relational = reads(config, 'w_s')
+        self.own = own_columns(config, self.channels) if conditioned(config) else {}
+        self.peers = config.views if reads(config, 'views') else 2
+        self.teacher = EMATeacher(self.embed, config.ema_momentum) if self.loss.needs_target else None
+        self.target = config.target if reads(config, 'target') else 'ema_view'  # BYOL: each view predicts the other
+        self.views = ViewMaker(config.policy, dataset.mean, dataset.std, config.seed, device, (group.rank, group.size))
+        self.params = [p for m in (self.embed, self.loss) for p in m.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(config, self.params, device)
+        forward = self.embed[0] if self.relational else self.embed
+        self.forward = Compiled(forward) if config.compiled else forward
+        self.steps, self.step, self.history = len(self.images)//step_images(config), 0, []
+        self.log, self.batches = [], []  # of the epoch that is under way: terms, and statistics of the embeddings
+        self.source = source_hash()
+        self.amp = config.amp == 'on' or config.amp == 'auto' and device == 'cuda'
+        torch.manual_seed(config.seed)

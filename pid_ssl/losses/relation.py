@@ -30,9 +30,10 @@ class Teller(nn.Module):
         maps = not isinstance(features, int)
         width = 32*features[1]*features[2] if maps else features
         bits = torch.tensor([c.bit for c in columns.values()])
-        for name, v in (('bits', bits), *((k, torch.tensor([getattr(c, k) for c in columns.values()], dtype=torch.float32))
-                                          for k in ('mean', 'std', 'entropy'))):
-            self.register_buffer(name, v, persistent=False)
+        self.register_buffer('bits', bits, persistent=False)
+        for name in ('mean', 'std', 'entropy'):
+            values = torch.tensor([getattr(c, name) for c in columns.values()], dtype=torch.float32)
+            self.register_buffer(name, values, persistent=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.flat = nn.Sequential(nn.Conv2d(features[0], 32, 1), nn.Flatten()) if maps else nn.Identity()
@@ -159,7 +160,7 @@ class Unique(nn.Module):
 
 # %% ../../nbs/losses/54_relation.ipynb #3de79b0c
 class RelationLoss(nn.Module):
-    "A loss of the embeddings, plus what the pairs of views tell about their relation, plus what each view tells about itself."
+    "A loss of embeddings, plus what pairs of views tell about their relation, plus what each view tells about itself."
     needs_target = wants_target = False
     def __init__(self,
                  base: SSLLoss,                # loss of the embeddings
@@ -182,7 +183,7 @@ class RelationLoss(nn.Module):
     def forward(self,
                 z: torch.Tensor,     # (V, n, d) embeddings
                 h: torch.Tensor,     # (V, n, ...) features
-                rho: dict,           # name -> (V, n): what leads from each view to the next, the last's next being the first
+                rho: dict,           # name -> (V, n): what leads from each view to the next, from the last to the first
                 own: dict = {},      # name -> (V, n): own parameters of each view
                ) -> torch.Tensor:    # scalar
         "Loss and terms of the batch of all processes."

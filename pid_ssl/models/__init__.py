@@ -24,7 +24,8 @@ class SmallResNet(nn.Module):
                 ):
         super().__init__()
         from torchvision.models.resnet import BasicBlock
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, width, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        first = nn.Conv2d(in_channels, width, 3, stem_stride, 1, bias=False)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         stages, channels = [], width
         for i in range(3):
             out, stride = width*2**i, 1 if i == 0 else 2
@@ -151,11 +152,13 @@ def load_encoder(folder: str | Path, # checkpoint of a run, such as `data/checkp
     at, config, weights = Path(folder)/'header.json', header.get('config'), tensors.get('encoder')
     wanted = {'encoder': str, 'image_size': int, 'width': int}
     if not isinstance(config, dict) or any(type(config.get(k)) is not t for k, t in wanted.items()) or not weights:
-        raise CheckpointError(f"{at}: no encoder, or no config with {', '.join(wanted)}; accepted: the checkpoint of a run of this package")
+        raise CheckpointError(f"{at}: no encoder, or no config with {', '.join(wanted)}; "
+                              'accepted: the checkpoint of a run of this package')
     stem = 'stem.0.weight' if config['encoder'] == 'small' else 'conv1.weight'
     try:
         encoder = build_encoder(config['encoder'], config['image_size'], weights[stem].shape[1], config['width'])
         encoder.load_state_dict(weights)
     except (ConfigError, KeyError, IndexError, RuntimeError) as e:
-        raise CheckpointError(f"{at}: encoder.safetensors does not fit {config['encoder']!r} of that config ({str(e).splitlines()[0]})") from None
+        raise CheckpointError(f"{at}: encoder.safetensors does not fit {config['encoder']!r} of that config "
+                              f'({str(e).splitlines()[0]})') from None
     return encoder.eval(), config
