@@ -1,13 +1,15 @@
 """Barlow Twins, VICReg and NT-Xent against lightly's, value and gradient; and how both differ from the papers' text.
 
 The conventions of the two sides are the same, those of the authors' code, so no input or weight is converted:
-- Barlow Twins: batch norm's variance (divisor n, eps 1e-5), c divided by n. It is equation 2 of the paper up to eps; the paper's
-  pseudo-code divides by the standard deviation with divisor n - 1, so its correlations are (n - 1)/n of these and never reach 1.
-- VICReg: variance and covariance with divisor n - 1, eps 1e-4 under the root, mean squared error over n and d, half of the two
-  hinges. Equations 5 and 6 sum the squared error over d and both hinges: lambda there is lambda/d here, mu is mu/2. The published
-  weights 25, 25, 1 are those of the code.
+- Barlow Twins: batch norm's variance (divisor n, eps 1e-5), c divided by n. It is equation 2 of the paper up to eps;
+  the paper's pseudo-code divides by the standard deviation with divisor n - 1, so its correlations are (n - 1)/n of
+  these and never reach 1.
+- VICReg: variance and covariance with divisor n - 1, eps 1e-4 under the root, mean squared error over n and d, half
+  of the two hinges. Equations 5 and 6 sum the squared error over d and both hinges: lambda there is lambda/d here, mu
+  is mu/2. The published weights 25, 25, 1 are those of the code.
 - NT-Xent: cosine similarities, mean of the 2n cross-entropies over 2n - 1 candidates, as in equation 1.
 """
+
 import math
 
 import pytest
@@ -21,14 +23,18 @@ PAIRS = {
     "barlow": (BarlowTwins(), theirs.BarlowTwinsLoss()),
     "barlow, lambda": (BarlowTwins(lambda_param=0.3), theirs.BarlowTwinsLoss(lambda_param=0.3)),
     "vicreg": (VICReg(), theirs.VICRegLoss()),
-    "vicreg, weights": (VICReg(sim_coeff=3, std_coeff=20, cov_coeff=2), theirs.VICRegLoss(lambda_param=3, mu_param=20, nu_param=2)),
+    "vicreg, weights": (
+        VICReg(sim_coeff=3, std_coeff=20, cov_coeff=2),
+        theirs.VICRegLoss(lambda_param=3, mu_param=20, nu_param=2),
+    ),
     "simclr": (NTXent(), theirs.NTXentLoss()),
     "simclr, temperature": (NTXent(temperature=0.1), theirs.NTXentLoss(temperature=0.1)),
 }
 
 
 def views(n, d, dtype=torch.float64):
-    """Correlated views with means and unequal scales, some below 1 and some above: every term of every loss is at work."""
+    """Correlated views with means and unequal scales, some below 1 and some above: every term of every loss is at
+    work."""
     g = torch.Generator().manual_seed(n + d)
     image, *noise = (torch.randn(n, d, generator=g, dtype=dtype) for _ in range(3))
     scale = torch.linspace(0.3, 2, d, dtype=dtype)

@@ -1,4 +1,5 @@
 """Losses against float64 computations written another way, and what a user's loop relies on."""
+
 import contextlib
 import math
 import warnings
@@ -12,8 +13,20 @@ from torch.autograd import gradcheck
 
 from pid_ssl.losses import target as losses_pid
 from pid_ssl.config import ConfigError
-from pid_ssl.losses import (BYOL, LOSSES, NTXent, PIDBarlowTwins, PIDLoss, PIDWMSE, RunningMean, VICReg, WMSE, BarlowTwins,
-                            cross_correlation, standardise)
+from pid_ssl.losses import (
+    BYOL,
+    LOSSES,
+    NTXent,
+    PIDBarlowTwins,
+    PIDLoss,
+    PIDWMSE,
+    RunningMean,
+    VICReg,
+    WMSE,
+    BarlowTwins,
+    cross_correlation,
+    standardise,
+)
 from pid_ssl.losses.target import explained
 from pid_ssl.pid import pid_gaussian, scalar_atoms, scalar_information
 
@@ -49,7 +62,8 @@ def value_and_grad(loss, z1, z2, *targets, seed=0, context=contextlib.nullcontex
 
 
 def exact(cov, d=1, n=64, seed=0):
-    """(n, d) for each variable of `cov`: in every coordinate the sample covariance is `cov` to rounding, across coordinates 0."""
+    """(n, d) for each variable of `cov`: in every coordinate the sample covariance is `cov` to rounding, across
+    coordinates 0."""
     values, vectors = torch.linalg.eigh(torch.as_tensor(cov, dtype=torch.float64))
     x = torch.randn(n, len(values) * d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     q = torch.linalg.qr(x - x.mean(0))[0].view(n, len(values), d) * n**0.5
@@ -62,7 +76,10 @@ def views(a1, a2, c, **kwargs):
 
 
 def corr(x, y):
-    x, y = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt(), (y - y.mean(0)) / (y.var(0, unbiased=False) + 1e-5).sqrt()
+    x, y = (
+        (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt(),
+        (y - y.mean(0)) / (y.var(0, unbiased=False) + 1e-5).sqrt(),
+    )
     return torch.einsum("ni,nj->ij", x, y) / len(x)
 
 
@@ -93,7 +110,8 @@ def test_nt_xent():
 
 
 def test_wmse_whitens_each_view():
-    """One sub-batch: by eigenvectors instead of Cholesky, the distance after normalising differs only by a rotation per view, so compare through W itself."""
+    """One sub-batch: by eigenvectors instead of Cholesky, the distance after normalising differs only by a rotation
+    per view, so compare through W itself."""
     loss = WMSE(whitening_size=64)(Z1, Z2)
     want = 0
     whitened = []
@@ -164,7 +182,9 @@ def test_pid_loss_is_the_combination_of_its_terms():
         for estimator in ("coordinate", "gaussian"):
             loss = PIDLoss(beta, estimator, decorrelation=0.3)
             value, t = loss(Z1, Z2, T), loss.terms
-            assert math.isclose(value, -t["i12"] + beta * (t["i1"] + t["i2"] - t["i12"]) + 0.3 * t["feature_redundancy"], rel_tol=1e-9)
+            assert math.isclose(
+                value, -t["i12"] + beta * (t["i1"] + t["i2"] - t["i12"]) + 0.3 * t["feature_redundancy"], rel_tol=1e-9
+            )
     # beta = -1 is single-view prediction: the views meet only in the decorrelation term
     loss = PIDLoss(-1.0, decorrelation=0.0)
     grad = torch.autograd.grad(loss(Z1.requires_grad_(), Z2, T), Z1)[0]
@@ -195,7 +215,8 @@ def beta_objective(p, beta):
 @pytest.mark.parametrize("beta", [-1.0, 0.0, 0.5, 1.0, 1.7])
 @pytest.mark.parametrize("shrinkage", [0.01, 0.2])
 def test_l_beta_is_made_of_atoms(beta, shrinkage):
-    """(beta - 1) R - U1 - U2 - (1 + beta) S, atoms from `pid_gaussian` on the shrunk correlations; with it R - S = I1 + I2 - I12."""
+    """(beta - 1) R - U1 - U2 - (1 + beta) S, atoms from `pid_gaussian` on the shrunk correlations; with it R - S = I1
+    + I2 - I12."""
     z1, z2, t = Z1[:, :4] + 2 * T[:, :4], Z2[:, :4] + Z1[:, :4] + T[:, :4], T[:, :4]
     r = corr(torch.cat([z1, z2, t], 1), torch.cat([z1, z2, t], 1))
 
@@ -213,22 +234,32 @@ def test_l_beta_is_made_of_atoms(beta, shrinkage):
     for reduction, k in (("sum", 1), ("mean", 4)):
         loss = l_beta(beta, "coordinate", shrinkage, decorrelation=0.0, reduction=reduction)
         assert math.isclose(loss(z1, z2, t), beta_objective(p, beta).sum() / k, rel_tol=1e-9)
-    assert math.isclose((p.redundancy - p.synergy).sum(), loss.terms["i1"] + loss.terms["i2"] - loss.terms["i12"], rel_tol=1e-9)
+    assert math.isclose(
+        (p.redundancy - p.synergy).sum(), loss.terms["i1"] + loss.terms["i2"] - loss.terms["i12"], rel_tol=1e-9
+    )
 
 
 @pytest.mark.parametrize("a, c", [(0.3, 0.09), (0.6, 0.36), (0.6, 0.8), (0.8, 0.5), (0.9, 1.0), (-0.5, 0.3)])
 def test_exchangeable_scalars(a, c):
-    """R = -1/2 ln(1 - a^2), S = 1/2 ln[(1 - a^2)(1 + c)/(1 + c - 2a^2)] of the shrunk correlations; 1e-5 is standardise's eps."""
+    """R = -1/2 ln(1 - a^2), S = 1/2 ln[(1 - a^2)(1 + c)/(1 + c - 2a^2)] of the shrunk correlations; 1e-5 is
+    standardise's eps."""
     eps = 0.05
     for estimator in ("coordinate", "gaussian"):
         k = (1 - eps) / (1 + 1e-5)
         k = k if estimator == "coordinate" else k / (k + eps)
-        redundancy, synergy = -0.5 * math.log(1 - (k * a) ** 2), 0.5 * math.log((1 - (k * a) ** 2) * (1 + k * c) / (1 + k * c - 2 * (k * a) ** 2))
+        redundancy, synergy = (
+            -0.5 * math.log(1 - (k * a) ** 2),
+            0.5 * math.log((1 - (k * a) ** 2) * (1 + k * c) / (1 + k * c - 2 * (k * a) ** 2)),
+        )
         assert np.allclose([redundancy, synergy], scalar_atoms(k * a, k * c), rtol=1e-12)
         for beta in (-1.0, 0.3, 2.0):
             loss = l_beta(beta, estimator, eps, decorrelation=0.0)
-            assert math.isclose(loss(*views(a, a, c)), (beta - 1) * redundancy - (1 + beta) * synergy, rel_tol=1e-8, abs_tol=1e-12)
-        assert math.isclose(loss.terms["i1"], redundancy, rel_tol=1e-8) and math.isclose(loss.terms["i12"] - loss.terms["i1"], synergy, rel_tol=1e-6, abs_tol=1e-12)
+            assert math.isclose(
+                loss(*views(a, a, c)), (beta - 1) * redundancy - (1 + beta) * synergy, rel_tol=1e-8, abs_tol=1e-12
+            )
+        assert math.isclose(loss.terms["i1"], redundancy, rel_tol=1e-8) and math.isclose(
+            loss.terms["i12"] - loss.terms["i1"], synergy, rel_tol=1e-6, abs_tol=1e-12
+        )
 
 
 # what encoders can reach
@@ -243,14 +274,26 @@ def nets(x, d, seed):
 
 @pytest.mark.parametrize("noise", [0.0, 0.7])
 def test_agreement_is_bounded_by_what_the_target_explains(noise):
-    """c >= a^2/c_T: both views of one image through one encoder, their noise independent; the target a function of the image, or noisy."""
+    """c >= a^2/c_T: both views of one image through one encoder, their noise independent; the target a function of the
+    image, or noisy."""
     n, d, g = 100_000, 24, torch.Generator().manual_seed(1)
     image, *e = (torch.randn(n, 3, generator=g, dtype=torch.float64) for _ in range(5))
     t, t2 = (nets(torch.cat([image, noise * x], 1), d, seed=2) for x in e[2:])
     mean = (t + t2) / 2
     # a third of the encoders are unrelated to the target, the others are functions of a noisy look at it
-    z1, z2 = (torch.cat([nets(torch.cat([image, x], 1), 8, seed=3), torch.sin(2 * mean[:, 8:16] + 0.5 * x[:, :1]), mean[:, 16:] + 0.5 * x[:, :1]], 1) if not noise
-              else nets(torch.cat([image, 0.3 * x], 1), d, seed=2) for x in e[:2])
+    z1, z2 = (
+        torch.cat(
+            [
+                nets(torch.cat([image, x], 1), 8, seed=3),
+                torch.sin(2 * mean[:, 8:16] + 0.5 * x[:, :1]),
+                mean[:, 16:] + 0.5 * x[:, :1],
+            ],
+            1,
+        )
+        if not noise
+        else nets(torch.cat([image, 0.3 * x], 1), d, seed=2)
+        for x in e[:2]
+    )
     x1, x2, s1, s2 = map(standardise, (z1, z2, t, t2))
     a1, a2, c, c_t = ((p * q).mean(0) for p, q in ((x1, s1), (x2, s1), (x1, x2), (s1, s2)))
     assert (c_t > 0.999).all() if not noise else (0.2 < c_t).all() and (c_t < 0.95).all()
@@ -270,7 +313,10 @@ def settle(beta, shrinkage, teacher, start):
     The target is the image, or a third such view by the encoder of this step, no gradient through it."""
     image, e1, e2, e3 = exact(torch.eye(4))
     angle = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-    loss, optimiser = l_beta(beta, shrinkage=shrinkage, decorrelation=0.0), torch.optim.Rprop([angle], lr=0.1, step_sizes=(1e-9, 0.3))
+    loss, optimiser = (
+        l_beta(beta, shrinkage=shrinkage, decorrelation=0.0),
+        torch.optim.Rprop([angle], lr=0.1, step_sizes=(1e-9, 0.3)),
+    )
     for _ in range(60):
         z1, z2, z3 = (angle.cos() * image + angle.sin() * e for e in (e1, e2, e3))
         optimiser.zero_grad()
@@ -305,7 +351,15 @@ def test_where_beta_leads_with_a_teacher(start):
 # baselines inside
 
 
-@pytest.mark.parametrize("arguments", [dict(w_t=0, kappa=0), dict(w_t=0, kappa=0, pairing="mean"), dict(), dict(w_t=2, kappa=1, excess="one_sided", pairing="cross")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(w_t=0, kappa=0),
+        dict(w_t=0, kappa=0, pairing="mean"),
+        dict(),
+        dict(w_t=2, kappa=1, excess="one_sided", pairing="cross"),
+    ],
+)
 def test_pid_barlow_has_barlow_twins_inside(arguments):
     """Bit for bit, at weights 0 or at strength 0, in both precisions."""
     for dtype in (torch.float64, torch.float32):
@@ -323,7 +377,9 @@ def test_pid_wmse_has_wmse_inside(pairing):
     for weights, strength in ((dict(w_t=0, w_r=0), 1.0), (dict(), 0.0)):
         loss = PIDWMSE(32, 2, pairing=pairing, **weights)
         loss.strength = strength
-        for ours, theirs in zip(value_and_grad(loss, Z1, Z2, T, T2, seed=3), value_and_grad(WMSE(32, 2), Z1, Z2, seed=3)):
+        for ours, theirs in zip(
+            value_and_grad(loss, Z1, Z2, T, T2, seed=3), value_and_grad(WMSE(32, 2), Z1, Z2, seed=3)
+        ):
             assert torch.equal(ours, theirs)
 
 
@@ -337,7 +393,9 @@ def test_pid_loss_has_a_redundancy_phase():
     full = l_beta(0.5, decorrelation=0.1)(Z1, Z2, T)
     loss.strength = 0.25
     off = 0.1 * loss.terms["feature_redundancy"]
-    assert math.isclose(loss(Z1, Z2, T) - off, 0.25 * (full - off) + 0.75 * (BarlowTwins(0.1)(Z1, Z2) - off), rel_tol=1e-9)
+    assert math.isclose(
+        loss(Z1, Z2, T) - off, 0.25 * (full - off) + 0.75 * (BarlowTwins(0.1)(Z1, Z2) - off), rel_tol=1e-9
+    )
     loss = l_beta(0.5, phase_one="beta")
     loss.strength = 0.25
     assert math.isclose(loss(Z1, Z2, T), l_beta(-1 + 0.25 * 1.5)(Z1, Z2, T), rel_tol=1e-9) and loss.wants_target
@@ -345,7 +403,10 @@ def test_pid_loss_has_a_redundancy_phase():
 
 def test_strength_scales_the_weights():
     for s in (0.25, 0.6):
-        for whole, part in ((PIDBarlowTwins(w_t=0.8, kappa=0.9), PIDBarlowTwins(w_t=0.8 * s, kappa=0.9 * s)), (PIDWMSE(64, w_t=0.8, w_r=0.9), PIDWMSE(64, w_t=0.8 * s, w_r=0.9 * s))):
+        for whole, part in (
+            (PIDBarlowTwins(w_t=0.8, kappa=0.9), PIDBarlowTwins(w_t=0.8 * s, kappa=0.9 * s)),
+            (PIDWMSE(64, w_t=0.8, w_r=0.9), PIDWMSE(64, w_t=0.8 * s, w_r=0.9 * s)),
+        ):
             whole.strength = s
             assert math.isclose(whole(Z1, Z2, T, T2), part(Z1, Z2, T, T2), rel_tol=1e-9)
 
@@ -353,10 +414,15 @@ def test_strength_scales_the_weights():
 # orderings
 
 
-@pytest.mark.parametrize("name, arguments", [("pid", dict(beta=b, estimator=e)) for e in ("coordinate", "gaussian") for b in (-1.0, 0.25, 0.9)]
-                         + [("pid_barlow", dict(kappa=k, excess=e)) for k, e in ((0.5, "two_sided"), (1.0, "two_sided"), (1.0, "one_sided"))] + [("pid_wmse", {}), ("barlow", {}), ("wmse", {}), ("vicreg", {}), ("simclr", {})])
+@pytest.mark.parametrize(
+    "name, arguments",
+    [("pid", dict(beta=b, estimator=e)) for e in ("coordinate", "gaussian") for b in (-1.0, 0.25, 0.9)]
+    + [("pid_barlow", dict(kappa=k, excess=e)) for k, e in ((0.5, "two_sided"), (1.0, "two_sided"), (1.0, "one_sided"))]
+    + [("pid_wmse", {}), ("barlow", {}), ("wmse", {}), ("vicreg", {}), ("simclr", {})],
+)
 def test_collapse_and_noise_are_worse_than_prediction(name, arguments):
-    """Predictive views, on the floor at a = 0.8, before independent noise, and before a constant (which W-MSE refuses)."""
+    """Predictive views, on the floor at a = 0.8, before independent noise, and before a constant (which W-MSE
+    refuses)."""
     loss = make(name, d=16, **arguments)
     z1, z2, t = views(0.8, 0.8, 0.64, d=16, n=512)
     good, noise = loss(z1, z2, t), loss(*views(0, 0, 0, d=16, n=512))
@@ -381,7 +447,9 @@ def test_agreement_beyond_the_target():
             synergy = t["i12"] - t["i1"]
             assert synergy.abs() < 1e-2 * t["i1"] and math.isclose(t["i1"], t["i2"], rel_tol=1e-9)
             better, t2 = loss(*floor), loss.terms
-            assert math.isclose(t["i1"], t2["i1"], rel_tol=1e-9) and math.isclose(t2["i12"] - t2["i1"], 16 * 0.5 * math.log(1.64), rel_tol=1e-2)
+            assert math.isclose(t["i1"], t2["i1"], rel_tol=1e-9) and math.isclose(
+                t2["i12"] - t2["i1"], 16 * 0.5 * math.log(1.64), rel_tol=1e-2
+            )
             assert better < value - 0.1 * (1 + beta)
         loss = l_beta(-1.0, estimator, decorrelation=0.0)
         assert math.isclose(loss(*copies), loss(*floor), rel_tol=1e-9)
@@ -448,11 +516,24 @@ def check(loss, z1, z2, *targets):
     def f(*z):
         torch.manual_seed(0)
         return loss(*z, *targets)
+
     return gradcheck(f, (z1, z2), atol=1e-6, fast_mode=True)
 
 
-@pytest.mark.parametrize("arguments", [dict(estimator=e, pairing=p) for e, ps in (("coordinate", ("draw", "mean", "cross")), ("gaussian", ("draw", "mean")), ("infonce", ("draw", "mean"))) for p in ps]
-                         + [dict(reduction="mean", shrinkage=0.1), dict(estimator="gaussian", reduction="mean")], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(estimator=e, pairing=p)
+        for e, ps in (
+            ("coordinate", ("draw", "mean", "cross")),
+            ("gaussian", ("draw", "mean")),
+            ("infonce", ("draw", "mean")),
+        )
+        for p in ps
+    ]
+    + [dict(reduction="mean", shrinkage=0.1), dict(estimator="gaussian", reduction="mean")],
+    ids=str,
+)
 def test_gradients_of_pid_loss(arguments):
     """infonce: its critics held still, the gradient of the embeddings is that of the value."""
     loss = make("pid", 3, beta=0.7, decorrelation=0.3, **arguments).double().requires_grad_(False)
@@ -468,7 +549,8 @@ def test_gradients_of_pid_loss(arguments):
 @pytest.mark.parametrize("pairing", ["draw", "mean", "cross"])
 @pytest.mark.parametrize("name", ["pid_barlow", "pid_wmse"])
 def test_gradients_of_recalibrated_losses(name, pairing, monkeypatch):
-    """What the target explains is a stop-gradient: held at its value, the loss passes; and its gradient is the loss's own."""
+    """What the target explains is a stop-gradient: held at its value, the loss passes; and its gradient is the loss's
+    own."""
     z1, z2, t, t2 = small()
     z2 = (0.7 * z1 + 0.3 * z2).detach().requires_grad_()  # in excess of the target
     for options in ({}, {"excess": "one_sided"}, {"tau": "constant"}) if name == "pid_barlow" else ({},):
@@ -492,17 +574,24 @@ def test_gradient_of_crossed_targets_with_the_lift():
     """Crossed targets that no one correlation matrix has: c is lifted by a stop-gradient."""
     z1, z2 = small()[:2]
     z2 = (z2 - z1).detach().requires_grad_()
-    t1, t2 = (z + 0.1 * torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) for z in (z2.detach(), z1.detach()))
+    t1, t2 = (
+        z + 0.1 * torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        for z in (z2.detach(), z1.detach())
+    )
+
     def parts(z1, z2):
         x1, x2, s1, s2 = map(standardise, (z1, z2, t1, t2))
         return ((x1 * s2).mean(0) + (x2 * s1).mean(0)) / 2, (x1 * x2).mean(0)
+
     a, c = (x.detach() for x in parts(z1, z2))
     lift = (2 * a**2 - 1 + 1e-3 - c).clamp(min=0)
     assert (lift > 0.1).all()
+
     def frozen(z1, z2):
         a, c = parts(z1, z2)
         i1, i2, i12 = scalar_information(0.99 * a, 0.99 * a, 0.99 * (c + lift))
         return (-i12 + 0.7 * (i1 + i2 - i12)).sum()
+
     assert gradcheck(frozen, (z1, z2))
     loss = l_beta(0.7, pairing="cross", decorrelation=0.0)
     for x, y in zip(value_and_grad(frozen, z1, z2), value_and_grad(loss, z1, z2, t1, t2)):
@@ -514,7 +603,10 @@ def test_gradients_of_baselines(name):
     assert check(make(name, 3).double().requires_grad_(False), *small())
 
 
-@pytest.mark.parametrize("name, arguments", [(n, {}) for n in LOSSES] + [("pid", dict(estimator="gaussian")), ("pid", dict(estimator="infonce"))])
+@pytest.mark.parametrize(
+    "name, arguments",
+    [(n, {}) for n in LOSSES] + [("pid", dict(estimator="gaussian")), ("pid", dict(estimator="infonce"))],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_stays_outside(name, arguments, dtype):
     inputs = [x.float() for x in (Z1, Z2, T, T2)]
@@ -528,11 +620,13 @@ def test_autocast_stays_outside(name, arguments, dtype):
 @pytest.mark.parametrize("beta", [0.5, 2.0, 3.0])
 def test_infonce_moves_encoder_and_critics_apart(beta):
     """The encoder's gradient is affine in beta; the critics climb the sum of their bounds at any beta."""
+
     def grads(beta):
         loss = make("pid", beta=beta, estimator="infonce", decorrelation=0.0).double()
         z1, z2 = (z.clone().requires_grad_() for z in (Z1, Z2))
         loss(z1, z2, T).backward()
         return torch.cat([z1.grad, z2.grad]), [p.grad for p in loss.parameters()], loss
+
     (g0, *_), (g1, *_), (g, critics, loss) = grads(0.0), grads(1.0), grads(beta)
     assert torch.allclose(g, g0 + beta * (g1 - g0), rtol=1e-9, atol=1e-12) and (g1 - g0).norm() > 0.1 * g0.norm()
     climb = -loss.critics(*map(standardise, (Z1, Z2, T))).mean(0).sum()
@@ -545,7 +639,10 @@ def test_infonce_moves_encoder_and_critics_apart(beta):
 
 def test_running_mean():
     """Plain average at first, exponential afterwards; the gradient is that of the last input."""
-    mean, batches = RunningMean(0.75), [torch.randn(3, 3, generator=torch.Generator().manual_seed(k)).requires_grad_() for k in range(6)]
+    mean, batches = (
+        RunningMean(0.75),
+        [torch.randn(3, 3, generator=torch.Generator().manual_seed(k)).requires_grad_() for k in range(6)],
+    )
     want = torch.zeros(3, 3)
     for k, x in enumerate(batches):
         m = min(0.75, k / (k + 1))
@@ -592,7 +689,16 @@ def test_running_correlations_of_pid_loss(estimator, tmp_path):
 
 # several processes
 
-SHARED = {"barlow": {}, "pid_barlow": {}, "pid": dict(estimator="gaussian"), "simclr": {}, "vicreg": {}, "pid_wmse": {}, "byol": {}, "pid infonce": dict(estimator="infonce")}
+SHARED = {
+    "barlow": {},
+    "pid_barlow": {},
+    "pid": dict(estimator="gaussian"),
+    "simclr": {},
+    "vicreg": {},
+    "pid_wmse": {},
+    "byol": {},
+    "pid infonce": dict(estimator="infonce"),
+}
 
 
 def shared_step(name, rank=0, world=1):
@@ -627,9 +733,19 @@ def test_two_processes_are_one_batch(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name, arguments", [("pid", {}), ("pid", dict(estimator="gaussian")), ("pid_barlow", {}), ("pid_wmse", {}), ("pid_barlow", dict(pairing="cross"))])
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("pid", {}),
+        ("pid", dict(estimator="gaussian")),
+        ("pid_barlow", {}),
+        ("pid_wmse", {}),
+        ("pid_barlow", dict(pairing="cross")),
+    ],
+)
 def test_different_policies_are_noticed(name, arguments, seed):
     g = torch.Generator().manual_seed(seed)
+
     def calls(noise1, noise2):
         loss = make(name, **arguments)
         with warnings.catch_warnings(record=True) as caught, torch.no_grad():
@@ -639,6 +755,7 @@ def test_different_policies_are_noticed(name, arguments, seed):
                 z1, z2, t1, t2 = (image + s * torch.randn(64, 8, generator=g) for s in (noise1, noise2, noise1, noise2))
                 loss(z1, z2, t1, t2)
         return [str(w.message) for w in caught if "policies" in str(w.message)]
+
     assert not calls(0.7, 0.7)
     # crossed targets hide it: z1 with t(v2) has all four noises' worth, as z2 with t(v1) has
     assert len(calls(0.3, 2.0)) == (0 if arguments.get("pairing") == "cross" else 1)
@@ -656,7 +773,8 @@ def test_explained_is_between_0_and_1():
 
 
 def simulated(n=100_000):
-    """Two views of an image, and the teacher's embeddings of four: views 1, 2, and two nobody else sees; skewed, not Gaussian."""
+    """Two views of an image, and the teacher's embeddings of four: views 1, 2, and two nobody else sees; skewed, not
+    Gaussian."""
     g = torch.Generator().manual_seed(0)
     image, *noise = (torch.rand(n, 4, generator=g, dtype=torch.float64) ** 2 for _ in range(5))
     v = [image + 0.8 * e for e in noise]
@@ -670,7 +788,10 @@ def test_mean_of_draws_by_spearman_brown():
     assert torch.allclose(s1, mean) and torch.equal(s1, s2)
     assert torch.allclose(c_t, (mean * other).mean(0), atol=tolerance)
     single = PIDBarlowTwins().targets(t1, t2)[2]
-    assert torch.allclose(single, (standardise(t1) * standardise(t3)).mean(0), atol=tolerance) and (c_t > single + 0.1).all()
+    assert (
+        torch.allclose(single, (standardise(t1) * standardise(t3)).mean(0), atol=tolerance)
+        and (c_t > single + 0.1).all()
+    )
 
 
 def test_crossed_targets_estimate_a_third_view():
@@ -689,13 +810,47 @@ def test_crossed_targets_estimate_a_third_view():
 
 BAD_WEIGHTS = (-1, math.nan, math.inf, "x", None, True)
 BAD_SIZES = (0, -1, 2.5, math.nan, math.inf, "x", None, True)
-BAD = [(name, field, value) for name, fields in {"barlow": ["lambda_param"], "wmse": ["eps"], "vicreg": ["sim_coeff", "std_coeff", "cov_coeff"], "simclr": ["temperature"], "pid": ["decorrelation"],
-                                                 "pid_barlow": ["lambda_param", "w_t"], "pid_wmse": ["w_t", "w_r", "eps"]}.items() for field in fields for value in BAD_WEIGHTS]
-BAD += [(name, field, value) for name, fields in {"wmse": ["whitening_size", "whitening_iters"], "pid_wmse": ["whitening_size", "whitening_iters"], "byol": ["dim", "hidden"]}.items() for field in fields for value in BAD_SIZES]
+BAD = [
+    (name, field, value)
+    for name, fields in {
+        "barlow": ["lambda_param"],
+        "wmse": ["eps"],
+        "vicreg": ["sim_coeff", "std_coeff", "cov_coeff"],
+        "simclr": ["temperature"],
+        "pid": ["decorrelation"],
+        "pid_barlow": ["lambda_param", "w_t"],
+        "pid_wmse": ["w_t", "w_r", "eps"],
+    }.items()
+    for field in fields
+    for value in BAD_WEIGHTS
+]
+BAD += [
+    (name, field, value)
+    for name, fields in {
+        "wmse": ["whitening_size", "whitening_iters"],
+        "pid_wmse": ["whitening_size", "whitening_iters"],
+        "byol": ["dim", "hidden"],
+    }.items()
+    for field in fields
+    for value in BAD_SIZES
+]
 BAD += [("simclr", "temperature", 0), ("wmse", "whitening_size", 3)]
-BAD += [("pid", "beta", v) for v in (11, math.nan, "x", None, True)] + [("pid", "shrinkage", v) for v in (0, 1, math.nan, "x", None, True)]
-BAD += [("pid", "covariance_momentum", v) for v in (-0.1, 1, math.nan, "x", None, True)] + [("pid_barlow", "kappa", v) for v in (-0.1, 1.1, math.nan, "x", None, True)]
-BAD += [(name, field, v) for name, fields in {"pid": ["estimator", "reduction", "phase_one", "pairing"], "pid_barlow": ["tau", "excess", "pairing"], "pid_wmse": ["pairing"]}.items() for field in fields for v in ("x", None, 1)]
+BAD += [("pid", "beta", v) for v in (11, math.nan, "x", None, True)] + [
+    ("pid", "shrinkage", v) for v in (0, 1, math.nan, "x", None, True)
+]
+BAD += [("pid", "covariance_momentum", v) for v in (-0.1, 1, math.nan, "x", None, True)] + [
+    ("pid_barlow", "kappa", v) for v in (-0.1, 1.1, math.nan, "x", None, True)
+]
+BAD += [
+    (name, field, v)
+    for name, fields in {
+        "pid": ["estimator", "reduction", "phase_one", "pairing"],
+        "pid_barlow": ["tau", "excess", "pairing"],
+        "pid_wmse": ["pairing"],
+    }.items()
+    for field in fields
+    for v in ("x", None, 1)
+]
 
 
 def refuses(name, field, value, **others):
@@ -721,8 +876,13 @@ def test_bad_arguments(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_bad_inputs(name):
     loss = make(name)
-    for bad, message in (((Z1[0], Z2[0]), r"z1, z2: got shapes \(12,\)"), ((Z1, Z2[:-1]), r"z1, z2: got shapes \(64, 12\) and \(63, 12\)"), ((Z1[:1], Z2[:1]), "z1: got a batch of 1"),
-                         ((Z1, Z2, T[:-1]), r"target: got shape \(63, 12\)"), ((Z1, Z2, T, T[:, 1:]), r"target2: got shape \(64, 11\)")):
+    for bad, message in (
+        ((Z1[0], Z2[0]), r"z1, z2: got shapes \(12,\)"),
+        ((Z1, Z2[:-1]), r"z1, z2: got shapes \(64, 12\) and \(63, 12\)"),
+        ((Z1[:1], Z2[:1]), "z1: got a batch of 1"),
+        ((Z1, Z2, T[:-1]), r"target: got shape \(63, 12\)"),
+        ((Z1, Z2, T, T[:, 1:]), r"target2: got shape \(64, 11\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             loss(*bad)
     if loss.needs_target:

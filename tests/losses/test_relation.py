@@ -1,4 +1,6 @@
-"""The relation of views: known relations are read, baselines stay what they were, and several views are the mean over their pairs."""
+"""The relation of views: known relations are read, baselines stay what they were, and several views are the mean over
+their pairs."""
+
 import itertools
 import math
 
@@ -15,7 +17,17 @@ from pid_ssl.losses import LOSSES, Relation, RelationLoss, Unique, cross_correla
 from pid_ssl.losses.relation import Teller
 
 VIEWED = {"barlow": {}, "vicreg": {}, "simclr": {}, "wmse": dict(whitening_size=16)}
-SMALL = dict(dataset="digits", epochs=2, width=4, batch_size=64, train_size=256, projector_dim=8, projector_hidden=8, whitening_size=32, lr=5e-4)
+SMALL = dict(
+    dataset="digits",
+    epochs=2,
+    width=4,
+    batch_size=64,
+    train_size=256,
+    projector_dim=8,
+    projector_hidden=8,
+    whitening_size=32,
+    lr=5e-4,
+)
 
 
 def value_and_gradient(name, views, together):
@@ -44,7 +56,7 @@ def test_two_views_are_what_they_were(name):
 def test_barlow_twins_of_peers_is_the_mean_over_ordered_pairs():
     x = [standardise(v) for v in views_of(4)]
     c = torch.stack([cross_correlation(a, b) for a, b in itertools.permutations(x, 2)]).mean(0)
-    want = (1 - c.diagonal()).square().sum() + 5e-3*(c - torch.diag(c.diagonal())).square().sum()
+    want = (1 - c.diagonal()).square().sum() + 5e-3 * (c - torch.diag(c.diagonal())).square().sum()
     assert torch.allclose(value_and_gradient("barlow", views_of(4), "stack")[0], want)
 
 
@@ -56,6 +68,7 @@ def test_other_losses_of_peers_are_the_mean_over_pairs(name):
 
 def test_wmse_of_peers_whitens_each_view_once():
     from pid_ssl.losses.baselines import distance, whiten
+
     views = views_of(4)
     torch.manual_seed(0)
     order = torch.randperm(32)
@@ -80,18 +93,20 @@ def test_views_that_do_not_fit():
 def blob(n, g, side=24):
     """A round spot of random place and size on black ground."""
     at = torch.linspace(-1, 1, side)
-    x, y = torch.rand(2, n, 1, 1, generator=g)*0.4 - 0.2
-    width = 0.12 + 0.1*torch.rand(n, 1, 1, generator=g)
-    return 0.5*torch.exp(-((at[None, None] - x)**2 + (at[None, :, None] - y)**2)/(2*width**2))[:, None]
+    x, y = torch.rand(2, n, 1, 1, generator=g) * 0.4 - 0.2
+    width = 0.12 + 0.1 * torch.rand(n, 1, 1, generator=g)
+    return 0.5 * torch.exp(-((at[None, None] - x) ** 2 + (at[None, :, None] - y) ** 2) / (2 * width**2))[:, None]
 
 
 def measured(image):
     """Centre, logarithm of the width and logarithm of the mass of a spot."""
     at = torch.linspace(-1, 1, image.shape[-1])
     mass = image.sum((1, 2, 3))
-    x, y = (image.sum((1, 2))*at).sum(1)/mass, (image.sum((1, 3))*at).sum(1)/mass
-    spread = (image*((at[None, None] - x[:, None, None])**2 + (at[None, :, None] - y[:, None, None])**2)[:, None]).sum((1, 2, 3))/mass
-    return torch.stack([x, y, spread.log()/2, mass.log()], 1)
+    x, y = (image.sum((1, 2)) * at).sum(1) / mass, (image.sum((1, 3)) * at).sum(1) / mass
+    spread = (
+        image * ((at[None, None] - x[:, None, None]) ** 2 + (at[None, :, None] - y[:, None, None]) ** 2)[:, None]
+    ).sum((1, 2, 3)) / mass
+    return torch.stack([x, y, spread.log() / 2, mass.log()], 1)
 
 
 def of_two_views(image, policy, g):
@@ -106,15 +121,19 @@ def of_two_views(image, policy, g):
 
 def test_heads_read_what_moments_of_a_spot_tell():
     """The oracle knows the formulas: a zoom is a ratio of widths, brightness one of masses, and so on."""
-    policy, g, noise = Policy(translate=0.1, zoom=0.3, jitter=1.0, brightness=0.4, padding="zeros"), torch.Generator().manual_seed(0), 0.02
+    policy, g, noise = (
+        Policy(translate=0.1, zoom=0.3, jitter=1.0, brightness=0.4, padding="zeros"),
+        torch.Generator().manual_seed(0),
+        0.02,
+    )
     table = relation_table(policy, channels=1)
     assert list(table) == ["x", "y", "zoom", "brightness"]
     head = Teller(4, table, 2, hidden=64)
     optimizer = torch.optim.Adam(head.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step/600)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 600)
     batch = lambda n: of_two_views(blob(n, g), policy, g)
     sets = [batch(2048) for _ in range(4)]
-    noisy = lambda h: [x + noise*torch.randn(x.shape, generator=g) for x in h]
+    noisy = lambda h: [x + noise * torch.randn(x.shape, generator=g) for x in h]
     for step in range(600):
         h, rho = sets[step % 3]
         errors = head.errors(rho, *noisy(h))
@@ -125,13 +144,17 @@ def test_heads_read_what_moments_of_a_spot_tell():
     h, rho = sets[3]
     one, two = h = noisy(h)
     zoom = one[:, 2] - two[:, 2]
-    oracle = dict(zoom=zoom, x=one[:, 0] - zoom.exp()*two[:, 0], y=one[:, 1] - zoom.exp()*two[:, 1],
-                  brightness=two[:, 3] - one[:, 3] - 2*(two[:, 2] - one[:, 2]))
+    oracle = dict(
+        zoom=zoom,
+        x=one[:, 0] - zoom.exp() * two[:, 0],
+        y=one[:, 1] - zoom.exp() * two[:, 1],
+        brightness=two[:, 3] - one[:, 3] - 2 * (two[:, 2] - one[:, 2]),
+    )
     with torch.no_grad():
         got = dict(zip(table, head.nats(head.errors(rho, *h)).tolist()))
-    want = {k: math.log(table[k].std**2/(oracle[k] - rho[k]).square().mean())/2 for k in table}
-    assert min(want.values()) > 1 and sum(got.values()) > 0.9*sum(want.values()), (got, want)
-    assert all(got[k] > 0.8*want[k] for k in table), (got, want)
+    want = {k: math.log(table[k].std ** 2 / (oracle[k] - rho[k]).square().mean()) / 2 for k in table}
+    assert min(want.values()) > 1 and sum(got.values()) > 0.9 * sum(want.values()), (got, want)
+    assert all(got[k] > 0.8 * want[k] for k in table), (got, want)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -156,7 +179,7 @@ def test_flip_of_symmetric_shapes_reads_nothing(symmetric):
         optimizer.step()
     h, rho = batch(4096)
     nats = head.nats(head.errors(rho, *h)).item()
-    assert abs(nats) < 0.02 if symmetric else nats > 0.8*math.log(2), nats
+    assert abs(nats) < 0.02 if symmetric else nats > 0.8 * math.log(2), nats
 
 
 # --- the term beside a loss
@@ -183,7 +206,9 @@ def test_shuffled_pairs_have_the_relations_of_others():
     rho = told(*omegas, POLICIES["digits"])
     h = torch.randn(2, n, 4)
     value = lambda shuffled, rho: Relation(4, table, shuffled=shuffled)(*h, rho)
-    assert torch.equal(value(True, rho), value(False, {k: v.roll(n//2) for k, v in rho.items()})) and value(True, rho) != value(False, rho)
+    assert torch.equal(value(True, rho), value(False, {k: v.roll(n // 2) for k, v in rho.items()})) and value(
+        True, rho
+    ) != value(False, rho)
 
 
 def trained(steps=None, **given):
@@ -196,16 +221,26 @@ def trained(steps=None, **given):
     return state
 
 
-@pytest.mark.parametrize("loss, baseline, views", [("pid_barlow", "barlow", 2), ("pid", "barlow", 4), ("pid_wmse", "wmse", 2), ("pid_wmse", "wmse", 4)])
+@pytest.mark.parametrize(
+    "loss, baseline, views",
+    [("pid_barlow", "barlow", 2), ("pid", "barlow", 4), ("pid_wmse", "wmse", 2), ("pid_wmse", "wmse", 4)],
+)
 def test_without_weight_a_run_is_its_baseline(loss, baseline, views):
     ours, theirs = trained(loss=loss, views=views, w_s=0.0, w_u=0.0), trained(loss=baseline, views=views)
     assert all(torch.equal(v, ours.embed.state_dict()[k]) for k, v in theirs.embed.state_dict().items())
     assert all(torch.equal(v, ours.views.state()[k]) for k, v in theirs.views.state().items())
     assert all(a.items() <= b.items() for a, b in zip(theirs.history, ours.history))
-    assert ours.image_passes() == theirs.image_passes() == views//2*2*256*6
+    assert ours.image_passes() == theirs.image_passes() == views // 2 * 2 * 256 * 6
 
 
-@pytest.mark.parametrize("settings", [{}, dict(head="maps", w_u=0.5, shuffled=True), dict(conditioned=True, redundancy_phase=0.2, anneal=0.2, synergy_end=0.6)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(head="maps", w_u=0.5, shuffled=True),
+        dict(conditioned=True, redundancy_phase=0.2, anneal=0.2, synergy_end=0.6),
+    ],
+)
 def test_a_stopped_run_goes_on_to_the_last_digit(settings, tmp_path):
     whole, part = trained(loss="pid", **settings), trained(5, loss="pid", **settings)
     assert part.step == 5
@@ -223,7 +258,7 @@ def test_a_stopped_run_goes_on_to_the_last_digit(settings, tmp_path):
 def test_telling_costs_no_random_number():
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
     for policy in ("cifar", "byol", "simclr"):
-        plain, ours = (ViewMaker(policy, [0.5]*3, [0.2]*3, seed=1) for _ in range(2))
+        plain, ours = (ViewMaker(policy, [0.5] * 3, [0.2] * 3, seed=1) for _ in range(2))
         for _ in range(2):
             assert torch.equal(plain(images), ours(images, told=True)[0])
         assert torch.equal(plain.state()["device"], ours.state()["device"])
@@ -235,7 +270,7 @@ def test_relation_of_peers_does_not_depend_on_how_rows_are_shared():
     z, h = torch.randn(2, 3, 8, 4)
     rho = {k: torch.randn(3, 8) for k in loss.relation.pair.columns}
     seen = []
-    loss.relation.forward = lambda h1, h2, rho: seen.append((h1, h2)) or h1.sum()*0
+    loss.relation.forward = lambda h1, h2, rho: seen.append((h1, h2)) or h1.sum() * 0
     loss(z, h, rho)
-    (h1, h2), = seen
+    ((h1, h2),) = seen
     assert torch.equal(h1[:3], h[:, 0]) and torch.equal(h2[:3], h[[1, 2, 0], 0])

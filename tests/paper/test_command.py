@@ -1,4 +1,5 @@
 """`pid_ssl VERB`: help of every verb, and what is wrong in one line with its exit status."""
+
 import subprocess
 import sys
 
@@ -34,6 +35,8 @@ def test_what_is_wrong_is_one_line(verb, capsys):
 
 
 def test_an_unknown_verb_is_told_the_nearest():
-    out = subprocess.run([sys.executable, "-m", "pid_ssl", "sweap"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    out = subprocess.run(
+        [sys.executable, "-m", "pid_ssl", "sweap"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert out.returncode == 2 and not out.stdout
     assert out.stderr.startswith("error: verb: got 'sweap'; accepted: did you mean 'sweep'? the verbs are pretrain")
