@@ -158,6 +158,7 @@ def _epoch(run, watch):
     if first:
         line = epoch_line(state.history, run.config.epochs, time.perf_counter() - begin, run.first)
         tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()  # a log is read while it is written
         if watch is not None:
             _show(state, watch)
 
