@@ -76,10 +76,7 @@ def views(a1, a2, c, **kwargs):
 
 
 def corr(x, y):
-    x, y = (
-        (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt(),
-        (y - y.mean(0)) / (y.var(0, unbiased=False) + 1e-5).sqrt(),
-    )
+    x, y = ((v - v.mean(0)) / (v.var(0, unbiased=False) + 1e-5).sqrt() for v in (x, y))
     return torch.einsum("ni,nj->ij", x, y) / len(x)
 
 
@@ -182,9 +179,8 @@ def test_pid_loss_is_the_combination_of_its_terms():
         for estimator in ("coordinate", "gaussian"):
             loss = PIDLoss(beta, estimator, decorrelation=0.3)
             value, t = loss(Z1, Z2, T), loss.terms
-            assert math.isclose(
-                value, -t["i12"] + beta * (t["i1"] + t["i2"] - t["i12"]) + 0.3 * t["feature_redundancy"], rel_tol=1e-9
-            )
+            want = -t["i12"] + beta * (t["i1"] + t["i2"] - t["i12"]) + 0.3 * t["feature_redundancy"]
+            assert math.isclose(value, want, rel_tol=1e-9)
     # beta = -1 is single-view prediction: the views meet only in the decorrelation term
     loss = PIDLoss(-1.0, decorrelation=0.0)
     grad = torch.autograd.grad(loss(Z1.requires_grad_(), Z2, T), Z1)[0]
@@ -234,9 +230,8 @@ def test_l_beta_is_made_of_atoms(beta, shrinkage):
     for reduction, k in (("sum", 1), ("mean", 4)):
         loss = l_beta(beta, "coordinate", shrinkage, decorrelation=0.0, reduction=reduction)
         assert math.isclose(loss(z1, z2, t), beta_objective(p, beta).sum() / k, rel_tol=1e-9)
-    assert math.isclose(
-        (p.redundancy - p.synergy).sum(), loss.terms["i1"] + loss.terms["i2"] - loss.terms["i12"], rel_tol=1e-9
-    )
+    i1, i2, i12 = (loss.terms[k] for k in ("i1", "i2", "i12"))
+    assert math.isclose((p.redundancy - p.synergy).sum(), i1 + i2 - i12, rel_tol=1e-9)
 
 
 @pytest.mark.parametrize("a, c", [(0.3, 0.09), (0.6, 0.36), (0.6, 0.8), (0.8, 0.5), (0.9, 1.0), (-0.5, 0.3)])
@@ -247,19 +242,16 @@ def test_exchangeable_scalars(a, c):
     for estimator in ("coordinate", "gaussian"):
         k = (1 - eps) / (1 + 1e-5)
         k = k if estimator == "coordinate" else k / (k + eps)
-        redundancy, synergy = (
-            -0.5 * math.log(1 - (k * a) ** 2),
-            0.5 * math.log((1 - (k * a) ** 2) * (1 + k * c) / (1 + k * c - 2 * (k * a) ** 2)),
-        )
+        redundancy = -0.5 * math.log(1 - (k * a) ** 2)
+        synergy = 0.5 * math.log((1 - (k * a) ** 2) * (1 + k * c) / (1 + k * c - 2 * (k * a) ** 2))
         assert np.allclose([redundancy, synergy], scalar_atoms(k * a, k * c), rtol=1e-12)
         for beta in (-1.0, 0.3, 2.0):
             loss = l_beta(beta, estimator, eps, decorrelation=0.0)
-            assert math.isclose(
-                loss(*views(a, a, c)), (beta - 1) * redundancy - (1 + beta) * synergy, rel_tol=1e-8, abs_tol=1e-12
-            )
-        assert math.isclose(loss.terms["i1"], redundancy, rel_tol=1e-8) and math.isclose(
-            loss.terms["i12"] - loss.terms["i1"], synergy, rel_tol=1e-6, abs_tol=1e-12
-        )
+            want = (beta - 1) * redundancy - (1 + beta) * synergy
+            assert math.isclose(loss(*views(a, a, c)), want, rel_tol=1e-8, abs_tol=1e-12)
+        i1, i12 = loss.terms["i1"], loss.terms["i12"]
+        assert math.isclose(i1, redundancy, rel_tol=1e-8)
+        assert math.isclose(i12 - i1, synergy, rel_tol=1e-6, abs_tol=1e-12)
 
 
 # what encoders can reach
@@ -313,10 +305,8 @@ def settle(beta, shrinkage, teacher, start):
     The target is the image, or a third such view by the encoder of this step, no gradient through it."""
     image, e1, e2, e3 = exact(torch.eye(4))
     angle = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-    loss, optimiser = (
-        l_beta(beta, shrinkage=shrinkage, decorrelation=0.0),
-        torch.optim.Rprop([angle], lr=0.1, step_sizes=(1e-9, 0.3)),
-    )
+    loss = l_beta(beta, shrinkage=shrinkage, decorrelation=0.0)
+    optimiser = torch.optim.Rprop([angle], lr=0.1, step_sizes=(1e-9, 0.3))
     for _ in range(60):
         z1, z2, z3 = (angle.cos() * image + angle.sin() * e for e in (e1, e2, e3))
         optimiser.zero_grad()
@@ -377,9 +367,8 @@ def test_pid_wmse_has_wmse_inside(pairing):
     for weights, strength in ((dict(w_t=0, w_r=0), 1.0), (dict(), 0.0)):
         loss = PIDWMSE(32, 2, pairing=pairing, **weights)
         loss.strength = strength
-        for ours, theirs in zip(
-            value_and_grad(loss, Z1, Z2, T, T2, seed=3), value_and_grad(WMSE(32, 2), Z1, Z2, seed=3)
-        ):
+        plain = value_and_grad(WMSE(32, 2), Z1, Z2, seed=3)
+        for ours, theirs in zip(value_and_grad(loss, Z1, Z2, T, T2, seed=3), plain):
             assert torch.equal(ours, theirs)
 
 
@@ -393,9 +382,8 @@ def test_pid_loss_has_a_redundancy_phase():
     full = l_beta(0.5, decorrelation=0.1)(Z1, Z2, T)
     loss.strength = 0.25
     off = 0.1 * loss.terms["feature_redundancy"]
-    assert math.isclose(
-        loss(Z1, Z2, T) - off, 0.25 * (full - off) + 0.75 * (BarlowTwins(0.1)(Z1, Z2) - off), rel_tol=1e-9
-    )
+    want = 0.25 * (full - off) + 0.75 * (BarlowTwins(0.1)(Z1, Z2) - off)
+    assert math.isclose(loss(Z1, Z2, T) - off, want, rel_tol=1e-9)
     loss = l_beta(0.5, phase_one="beta")
     loss.strength = 0.25
     assert math.isclose(loss(Z1, Z2, T), l_beta(-1 + 0.25 * 1.5)(Z1, Z2, T), rel_tol=1e-9) and loss.wants_target
@@ -447,9 +435,8 @@ def test_agreement_beyond_the_target():
             synergy = t["i12"] - t["i1"]
             assert synergy.abs() < 1e-2 * t["i1"] and math.isclose(t["i1"], t["i2"], rel_tol=1e-9)
             better, t2 = loss(*floor), loss.terms
-            assert math.isclose(t["i1"], t2["i1"], rel_tol=1e-9) and math.isclose(
-                t2["i12"] - t2["i1"], 16 * 0.5 * math.log(1.64), rel_tol=1e-2
-            )
+            assert math.isclose(t["i1"], t2["i1"], rel_tol=1e-9)
+            assert math.isclose(t2["i12"] - t2["i1"], 16 * 0.5 * math.log(1.64), rel_tol=1e-2)
             assert better < value - 0.1 * (1 + beta)
         loss = l_beta(-1.0, estimator, decorrelation=0.0)
         assert math.isclose(loss(*copies), loss(*floor), rel_tol=1e-9)
@@ -639,10 +626,8 @@ def test_infonce_moves_encoder_and_critics_apart(beta):
 
 def test_running_mean():
     """Plain average at first, exponential afterwards; the gradient is that of the last input."""
-    mean, batches = (
-        RunningMean(0.75),
-        [torch.randn(3, 3, generator=torch.Generator().manual_seed(k)).requires_grad_() for k in range(6)],
-    )
+    mean, seeded = RunningMean(0.75), lambda k: torch.Generator().manual_seed(k)
+    batches = [torch.randn(3, 3, generator=seeded(k)).requires_grad_() for k in range(6)]
     want = torch.zeros(3, 3)
     for k, x in enumerate(batches):
         m = min(0.75, k / (k + 1))
@@ -788,10 +773,8 @@ def test_mean_of_draws_by_spearman_brown():
     assert torch.allclose(s1, mean) and torch.equal(s1, s2)
     assert torch.allclose(c_t, (mean * other).mean(0), atol=tolerance)
     single = PIDBarlowTwins().targets(t1, t2)[2]
-    assert (
-        torch.allclose(single, (standardise(t1) * standardise(t3)).mean(0), atol=tolerance)
-        and (c_t > single + 0.1).all()
-    )
+    assert torch.allclose(single, (standardise(t1) * standardise(t3)).mean(0), atol=tolerance)
+    assert (c_t > single + 0.1).all()
 
 
 def test_crossed_targets_estimate_a_third_view():

@@ -103,9 +103,8 @@ def measured(image):
     at = torch.linspace(-1, 1, image.shape[-1])
     mass = image.sum((1, 2, 3))
     x, y = (image.sum((1, 2)) * at).sum(1) / mass, (image.sum((1, 3)) * at).sum(1) / mass
-    spread = (
-        image * ((at[None, None] - x[:, None, None]) ** 2 + (at[None, :, None] - y[:, None, None]) ** 2)[:, None]
-    ).sum((1, 2, 3)) / mass
+    distance = (at[None, None] - x[:, None, None]) ** 2 + (at[None, :, None] - y[:, None, None]) ** 2
+    spread = (image * distance[:, None]).sum((1, 2, 3)) / mass
     return torch.stack([x, y, spread.log() / 2, mass.log()], 1)
 
 
@@ -121,11 +120,8 @@ def of_two_views(image, policy, g):
 
 def test_heads_read_what_moments_of_a_spot_tell():
     """The oracle knows the formulas: a zoom is a ratio of widths, brightness one of masses, and so on."""
-    policy, g, noise = (
-        Policy(translate=0.1, zoom=0.3, jitter=1.0, brightness=0.4, padding="zeros"),
-        torch.Generator().manual_seed(0),
-        0.02,
-    )
+    policy = Policy(translate=0.1, zoom=0.3, jitter=1.0, brightness=0.4, padding="zeros")
+    g, noise = torch.Generator().manual_seed(0), 0.02
     table = relation_table(policy, channels=1)
     assert list(table) == ["x", "y", "zoom", "brightness"]
     head = Teller(4, table, 2, hidden=64)
@@ -206,9 +202,8 @@ def test_shuffled_pairs_have_the_relations_of_others():
     rho = told(*omegas, POLICIES["digits"])
     h = torch.randn(2, n, 4)
     value = lambda shuffled, rho: Relation(4, table, shuffled=shuffled)(*h, rho)
-    assert torch.equal(value(True, rho), value(False, {k: v.roll(n // 2) for k, v in rho.items()})) and value(
-        True, rho
-    ) != value(False, rho)
+    others = {k: v.roll(n // 2) for k, v in rho.items()}
+    assert torch.equal(value(True, rho), value(False, others)) and value(True, rho) != value(False, rho)
 
 
 def trained(steps=None, **given):
