@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RAW_VALUES', 'accuracies', 'evaluate_encoder', 'raw_pixels', 'KNN_TEMPERATURE', 'L2_STRENGTHS', 'MODES',
-           'SegmentationHead', 'audit_encoder', 'average_precision', 'build_detector', 'calibrate_batchnorm',
-           'check_labels', 'coco_evaluation', 'confusion_matrix', 'detection', 'detection_interval',
-           'detection_metrics', 'extract_features', 'feature_maps', 'finetune', 'fit_classifier', 'iou', 'knn_accuracy',
-           'label_draw', 'label_pid', 'light_policy', 'linear_probe', 'low_label', 'mlp_probe', 'normaliser',
-           'paired_bootstrap', 'pid_audit', 'segmentation', 'segmentation_interval', 'segmentation_metrics',
-           'stretches', 'two_view_readout', 'untrained_control', 'view_features']
+           'SegmentationHead', 'alignment', 'alpha_req', 'audit_encoder', 'average_precision', 'build_detector',
+           'calibrate_batchnorm', 'canonical_correlations', 'check_labels', 'coco_evaluation', 'confusion_matrix',
+           'detection', 'detection_interval', 'detection_metrics', 'extract_features', 'feature_maps', 'finetune',
+           'fit_classifier', 'iou', 'knn_accuracy', 'label_draw', 'label_pid', 'light_policy', 'linear_probe',
+           'low_label', 'mlp_probe', 'normaliser', 'paired_bootstrap', 'pid_audit', 'rankme', 'segmentation',
+           'segmentation_interval', 'segmentation_metrics', 'stretches', 'two_view_readout', 'uniformity',
+           'untrained_control', 'view_features']
 
 # %% ../../nbs/evaluate/60_evaluate.ipynb #489f6d02
 import warnings
@@ -23,14 +24,16 @@ from .labels import finetune, fit_classifier, label_draw, light_policy, low_labe
 from .probes import KNN_TEMPERATURE, L2_STRENGTHS, check_labels, knn_accuracy, linear_probe, mlp_probe
 from .segmentation import SegmentationHead, confusion_matrix, iou, stretches
 from .segmentation import segmentation, segmentation_interval, segmentation_metrics
+from .spectrum import alignment, alpha_req, canonical_correlations, rankme, uniformity
 from .views import audit_encoder, label_pid, pid_audit, two_view_readout
 
-_all_ = ['KNN_TEMPERATURE', 'L2_STRENGTHS', 'MODES', 'SegmentationHead', 'audit_encoder', 'average_precision',
-         'build_detector', 'calibrate_batchnorm', 'check_labels', 'coco_evaluation', 'confusion_matrix', 'detection',
+_all_ = ['KNN_TEMPERATURE', 'L2_STRENGTHS', 'MODES', 'SegmentationHead', 'alignment', 'alpha_req', 'audit_encoder',
+         'average_precision', 'build_detector', 'calibrate_batchnorm', 'canonical_correlations', 'check_labels',
+         'coco_evaluation', 'confusion_matrix', 'detection',
          'detection_interval', 'detection_metrics', 'extract_features', 'feature_maps', 'finetune', 'fit_classifier',
          'iou', 'knn_accuracy', 'label_draw', 'label_pid', 'light_policy', 'linear_probe', 'low_label', 'mlp_probe',
-         'normaliser', 'paired_bootstrap', 'pid_audit', 'segmentation', 'segmentation_interval',
-         'segmentation_metrics', 'stretches', 'two_view_readout', 'untrained_control', 'view_features']
+         'normaliser', 'paired_bootstrap', 'pid_audit', 'rankme', 'segmentation', 'segmentation_interval',
+         'segmentation_metrics', 'stretches', 'two_view_readout', 'uniformity', 'untrained_control', 'view_features']
 
 # %% ../../nbs/evaluate/60_evaluate.ipynb #bdac0b73
 def accuracies(features: dict,      # 'train', 'val' and the evaluation split -> (n, f) tensors
