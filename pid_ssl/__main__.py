@@ -46,10 +46,7 @@ def command(argv: list | None = None, # a verb and its options; default the proc
         raise unknown('verb', verb, verb, list(VERBS), 'verbs')
     if verb == 'pretrain':  # help, and what is wrong with the settings, before torch is loaded
         read_args(options, Config, 'pid_ssl pretrain', VERBS[verb].about)
-    room = importlib.import_module(f'pid_ssl.{VERBS[verb].room}')
-    if not hasattr(room, 'command'):
-        sys.exit(room.main(options))
-    room.command(options)
+    importlib.import_module(f'pid_ssl.{VERBS[verb].room}').command(options)
 
 def main(argv: list | None = None, # a verb and its options; default the process's arguments
         ) -> int:                  # exit status

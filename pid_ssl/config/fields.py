@@ -21,12 +21,10 @@ def setting(default: object,                # None leaves the value to a preset,
             pattern: str | None = None,     # regular expression that text has to match
             absent: object = None,          # what runs did before the field existed: left out of ids, as the default is
             group: str = '',                # heading above it, kept until the next one
-            losses: tuple | None = None,    # readers, by its old name
             **more,                         # whatever else a table keeps beside it
            ) -> dataclasses.Field:
     "A field of a config."
-    readers = readers or losses
-    about = dict(help=help, lo=lo, hi=hi, choices=choices, readers=readers, losses=readers, pattern=pattern,
+    about = dict(help=help, lo=lo, hi=hi, choices=choices, readers=readers, pattern=pattern,
                  changes_result=changes_result, absent=absent, group=group)
     return dataclasses.field(default=default, metadata=about | more)
 

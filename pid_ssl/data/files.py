@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
-from .images import CHUNK, DataError, Source, check_labels, file_hash, image_source
+from .images import CHUNK, DataError, Source, check_class_numbers, file_hash, image_source
 from .table import COPIES, NOTES
 from .splits import is_hidden, listing, measured, split_of, walk
 
@@ -165,8 +165,8 @@ def parquet_source(name: str,    # of the dataset
     for part in (*parts['train'], *parts['test']):
         _renumber(part, parts['train'][0])
     labels = {split: np.concatenate([part.labels for part in some]) for split, some in parts.items()}
-    check_labels(labels, {split: str(paths[0] if len(paths) == 1 else f'{called[split]}-*')
-                          for split, paths in files.items()})
+    check_class_numbers(labels, {split: str(paths[0] if len(paths) == 1 else f'{called[split]}-*')
+                                 for split, paths in files.items()})
     train, test = map(_hash_of_all, files.values())
     note = next((copy.note for copy in COPIES.values() if copy.sha256['train'] == train), NOTES.get(name, name))
     note += f'; its {beside.name} split stands for test' if beside.name.lower() != 'test' else ''
@@ -291,7 +291,7 @@ def folder_source(name: str,    # of the dataset
     for paths, words in zip(left, _LEFT):
         if paths:
             warnings.warn(f'{folder}: {len(paths)} {words[len(paths) > 1]} skipped (such as {paths[0]})')
-    check_labels({'test': None, **labels}, {'train': str(top), 'test': str(held)})
+    check_class_numbers({'test': None, **labels}, {'train': str(top), 'test': str(held)})
     note += f'; its {held.name} folder stands for test' if held and held.name.lower() != 'test' else ''
     note += f'; {sum(map(len, left))} files skipped' if any(left) else ''
     return listed_source(note, files, labels, folder, classes)

@@ -13,7 +13,7 @@ import torch
 from ..config import project_root
 from .files import folder_source, is_image, listed_source, parquet_files, parquet_source
 from .splits import listing, split_of
-from .images import CHUNK, DataError, Source, check_labels, file_hash
+from .images import CHUNK, DataError, Source, check_class_numbers, file_hash
 from .table import DATASETS, fetch_command
 
 # %% ../../nbs/data/34_sources.ipynb #3912c84f
@@ -47,7 +47,7 @@ def _gtsrb(sets, root):
     info = DATASETS['gtsrb']
     files = {s: [Path(p) for p, _ in d._samples] for s, d in sets.items()}
     labels = {s: np.array([y for _, y in d._samples], np.int64) for s, d in sets.items()}
-    check_labels(labels, {s: str(root/info.marker/s) for s in labels})
+    check_class_numbers(labels, {s: str(root/info.marker/s) for s in labels})
     return listed_source(info.note, files, labels, root)
 
 def torchvision_source(name: str,       # in `DATASETS`, with form 'torchvision'
@@ -66,7 +66,7 @@ def torchvision_source(name: str,       # in `DATASETS`, with form 'torchvision'
     if name == 'gtsrb':
         return _gtsrb(sets, root)
     labels = {s: np.asarray(d.targets if cifar else d.labels, np.int64) for s, d in sets.items()}
-    check_labels(labels, {s: f'{root/info.marker} ({s})' for s in labels})
+    check_class_numbers(labels, {s: f'{root/info.marker} ({s})' for s in labels})
     h = hashlib.sha256()
     for split, data in sets.items():
         h.update(data.data.tobytes())
