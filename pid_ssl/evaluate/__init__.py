@@ -30,12 +30,13 @@ from .spectrum import alignment, alpha_req, canonical_correlations, rankme, unif
 from .views import audit_encoder, label_pid, pid_audit, two_view_readout
 
 _all_ = ['Audit', 'KNN_TEMPERATURE', 'L2_STRENGTHS', 'MODES', 'SegmentationHead', 'alignment', 'alpha_req', 'audit',
-         'audit_encoder', 'average_precision', 'build_detector', 'calibrate_batchnorm', 'canonical_correlations', 'check_labels',
-         'coco_evaluation', 'compare', 'confusion_matrix', 'detection',
-         'detection_interval', 'detection_metrics', 'extract_features', 'feature_maps', 'finetune', 'fit_classifier', 'held_out_bits',
-         'iou', 'knn_accuracy', 'label_draw', 'label_pid', 'light_policy', 'linear_probe', 'low_label', 'mlp_probe',
-         'normaliser', 'paired_bootstrap', 'pid_audit', 'rankme', 'segmentation', 'segmentation_interval',
-         'segmentation_metrics', 'stretches', 'two_view_readout', 'uniformity', 'untrained_control', 'view_features']
+         'audit_encoder', 'average_precision', 'build_detector', 'calibrate_batchnorm',
+         'canonical_correlations', 'check_labels', 'coco_evaluation', 'compare', 'confusion_matrix',
+         'detection', 'detection_interval', 'detection_metrics', 'extract_features', 'feature_maps',
+         'finetune', 'fit_classifier', 'held_out_bits', 'iou', 'knn_accuracy', 'label_draw', 'label_pid',
+         'light_policy', 'linear_probe', 'low_label', 'mlp_probe', 'normaliser', 'paired_bootstrap',
+         'pid_audit', 'rankme', 'segmentation', 'segmentation_interval', 'segmentation_metrics', 'stretches',
+         'two_view_readout', 'uniformity', 'untrained_control', 'view_features']
 
 # %% ../../nbs/evaluate/60_evaluate.ipynb #bdac0b73
 def accuracies(features: dict,      # 'train', 'val' and the evaluation split -> (n, f) tensors

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'PARTS', 'SIGNS', 'as_images', 'found_normalisation', 'Reader', 'reading', 'Target', 'parameter_targets',
-           'parts_of', 'Audit', 'told_features', 'audit', 'compare']
+           'parts_of', 'Audit', 'told_features', 'audit', 'compare', 'command']
 
 # %% ../../nbs/evaluate/69_audit.ipynb #ac4e3004
 import argparse
@@ -322,6 +322,10 @@ def audit(encoder: nn.Module,            # maps images to features: any; it is n
           data_dir: str | None = None,   # where datasets are looked for
          ) -> Audit:
     "What an encoder's views tell, apart and together; raises `ConfigError` naming the argument that cannot be used."
+    for field, value, least in (('bins', bins, 2), ('pairs', pairs, 1), ('most', most, LEAST),
+                                ('replicates', replicates, 20)):
+        if type(value) is not int or value < least:
+            raise ConfigError(field, value, f'an integer from {least}')
     images, labels, statistics, policy_found = _chosen(images, labels, size, split, most, data_dir, seed)
     _, channels, _, side = images['fit'].shape
     policy = _policy(policy, policy_found, channels)
@@ -346,7 +350,8 @@ def audit(encoder: nn.Module,            # maps images to features: any; it is n
             view = told_features(reader, images['held'], views, 1, tells)[0]
             invariance[part] = resample(_cosine(clean, view))
     digest = hashlib.sha256(b''.join(x.numpy().tobytes() for x in images.values())).hexdigest()
-    about = dict(policy=dataclasses.asdict(policy), tells=tells, bins=bins, seed=seed, pairs=pairs, side=side,
+    drawn = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(policy).items()}
+    about = dict(policy=drawn, tells=tells, bins=bins, seed=seed, pairs=pairs, side=side,
                  normalise=[v.tolist() for v in normal], features=clean.shape[1], replicates=replicates,
                  images={k: len(x) for k, x in images.items()}, images_hash=digest)
     return Audit(name or type(encoder).__name__, about, {k: t.entropy for k, t in targets.items()},
@@ -366,3 +371,56 @@ def compare(one: Audit,   # of an encoder
     return Audit(f'{other.name} less {one.name}', {'one': one.about, 'other': other.about}, one.possible,
                  other.atoms - one.atoms, less(one.invariance, other.invariance), less(one.spread, other.spread),
                  (one, other))
+
+# %% ../../nbs/evaluate/69_audit.ipynb #ac4e3016
+def _encoder(where):
+    # an encoder, what it is called, the side of its images and its dataset, where a run's checkpoint knows them
+    maker, _, model = where.partition(':')
+    if maker not in ('timm', 'torchvision') or not model:
+        encoder, config = load_encoder(where)
+        return encoder, str(config.get('loss', Path(where).name)), config['image_size'], config.get('dataset')
+    try:
+        if maker == 'timm':
+            net = importlib.import_module('timm').create_model(model, pretrained=True, num_classes=0)
+            return net, model, None, None
+        net = importlib.import_module('torchvision.models').get_model(model, weights='DEFAULT')
+    except (RuntimeError, ValueError, OSError) as e:
+        raise ConfigError('encoder', where, f'a pretrained model that {maker} has or can fetch ({e})') from None
+    last = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
+    net.set_submodule(last, nn.Identity())
+    return net, model, None, None
+
+def command(argv: list | None = None, # default the process's arguments
+           ) -> None:
+    "`pid_ssl audit`: print the table, write record and picture; raises what `audit` raises."
+    parser = argparse.ArgumentParser('pid_ssl audit', description='Audit encoders on the images of a dataset.')
+    parser.add_argument('encoders', nargs='+', metavar='ENCODER',
+                        help='one or two: the checkpoint folder of a run, timm:MODEL or torchvision:MODEL')
+    parser.add_argument('--images', help='name of a dataset; default that of the run')
+    parser.add_argument('--policy', help=f"of the views: {', '.join(POLICIES)}; default the dataset's")
+    parser.add_argument('--size', type=int, help='pixels a side; default as in the run, or as stored')
+    parser.add_argument('--tells', default='relation', help='relation, own or all; default relation')
+    parser.add_argument('--pairs', type=int, default=8_000, help='of views to fit heads on; default 8000')
+    parser.add_argument('--seed', type=int, default=0, help='of views, heads and resamples; default 0')
+    parser.add_argument('--split', default='test', help='of the dataset, that is held out; default test')
+    parser.add_argument('--data_dir', help='where datasets are looked for')
+    parser.add_argument('--folder', default='.', type=Path, help='for audit.json and audit.png; default here')
+    given = vars(parser.parse_args(argv))
+    if len(given['encoders']) > 2:
+        raise ConfigError('encoders', given['encoders'], 'one or two')
+    encoders, images, size, folder = (given.pop(k) for k in ('encoders', 'images', 'size', 'folder'))
+    found = []
+    for encoder, name, side, dataset in map(_encoder, encoders):
+        if not (images or dataset):
+            raise ConfigError('images', images, 'the name of a dataset')
+        found.append(audit(encoder, images or dataset, name=name, size=size or side, **given))
+    result = compare(*found) if len(found) == 2 else found[0]
+    result.save(folder/'audit.json')
+    try:
+        figure, table = result.plot(), result.table()
+    except ImportError as e:
+        print(f'{folder}/audit.json; no picture and no table: {e}')
+        return
+    with writing(folder):
+        figure.savefig(folder/'audit.png')
+    print(f'{result.name}, in bits', table.round(3).to_string(), f'{folder}/audit.json, {folder}/audit.png', sep='\n')
