@@ -136,13 +136,17 @@ def plan(recipe: dict | str | Path, # or its name
             planned = kind(config, *encoder)
             out.setdefault((planned.key(), config.home), planned)
     for k in shared:
-        if not any(_reads(kind, p.config, k) for p in out.values()):
+        if not any(_reads(kind, _settled(kind, p.config), k) for p in out.values()):
             warnings.warn(f'{k} = {shared[k]!r} has no effect: no record of the recipe reads it')
     return list(out.values())
 
 def _reads(kind, config, name):
     # whether a run reads a field depends on more than its loss
     return reads(config, name) if kind is Planned else kind.kind.reads(config, name)
+
+def _settled(kind, config):
+    "With what presets give: a loss whose form is left open reads the fields of the form that it will have."
+    return _resolved(config) if kind is Planned else config
 
 def _grid(kind, shared, block):
     fields = {**shared, **block}
@@ -152,7 +156,8 @@ def _grid(kind, shared, block):
             raise ConfigError(str(k), v, 'one value, or a list of different ones')
     for row in itertools.product(*values):
         config = kind.kind.parse(dict(zip(fields, row)))
-        idle = [k for k in shared if k not in block and not _reads(kind, config, k)]
+        settled = _settled(kind, config)
+        idle = [k for k in shared if k not in block and not _reads(kind, settled, k)]
         yield dataclasses.replace(config, **{k: config.__dataclass_fields__[k].default for k in idle})
 
 def _some(encoders, wanted):

@@ -10,7 +10,7 @@ __all__ = ['TRACE', 'COST', 'SPLITS', 'frame', 'by_loss', 'traced', 'default_ide
 # %% ../../nbs/figures/81_frames.ipynb #c0f7be71
 import re
 import numpy as np
-from ..config import LOSS_TABLE, Config, digest, from_dict, identity, resolve
+from ..config import LOSS_TABLE, Config, digest, from_dict, identity, reads, resolve
 from .base import listed, plotting, seeds_each
 from ..records import RunRecord
 
@@ -116,7 +116,8 @@ def methods(records: list, # of one figure
     for row in LOSS_TABLE.values():
         configs = [from_dict(r.config) for r in records if r.config['loss'] == row.name]
         if configs and row.shown:
-            out.append(f'{row.title}: ' + ', '.join(_knob(name, configs) for name in row.shown))
+            readers = {name: [c for c in configs if reads(c, name)] for name in row.shown}
+            out.append(f'{row.title}: ' + ', '.join(_knob(name, some) for name, some in readers.items() if some))
     return '; '.join(out) + '.' if out else ''
 
 def _knob(name, configs):

@@ -64,7 +64,7 @@ def main():
                 | dict(epochs=config.epochs, encoder=config.encoder, batch_size=config.batch_size, views=config.views)
             )
             print(rows[-1], flush=True)
-    about = dict(device=device, device_name=device_name(device), torch=torch.__version__, **git_state())
+    about = dict(device=device, processor=device_name(device), versions=dict(torch=torch.__version__), **git_state())
     memory = torch.cuda.max_memory_allocated() if device == "cuda" else None
     about |= dict(date=time.strftime("%Y-%m-%d"), peak_memory_bytes=memory)
     given.out.write_text(json.dumps(dict(rows=rows, provenance=about), indent=1) + "\n")
