@@ -29,13 +29,18 @@ WHOLE_SUMS = 300_000_000  # values: more than any 32-pixel set of 90,000 images 
 
 @dataclass(frozen=True)
 class Dataset:
-    "Images (n, c, h, w) as uint8 and labels (n,) as int64 for the splits train, val and test."
+    "Images (n, c, h, w) as uint8 and labels (n,) as int64, if there are any, for the splits train, val and test."
     name: str            # as the config names it
     note: str            # variant in words, printed beside every number
     images: dict         # split -> (n, c, h, w) uint8
     labels: dict         # split -> (n,) int64
     classes: int         # number of classes
     content_hash: str    # SHA-256 of the stored content
+
+    @property
+    def labelled(self) -> bool:
+        "Whether labels are known; `labels` is empty where they are not."
+        return bool(self.labels)
 
     @property
     def pretraining(self) -> torch.Tensor: # (n, c, h, w)
@@ -146,13 +151,14 @@ def load_dataset(name: str,                    # in `DATASETS`, or of a Parquet 
                  download: bool = False,       # let torchvision fetch it
                  data_memory: int | None = None, # MB of images kept in memory; default half of what is free
                  cache_dir: str | Path | None = None, # of mapped images; default data/cache
+                 labels: str = 'auto',         # none: labels are not read, and no folder is a class
                 ) -> Dataset:                  # train, val and test
     """Load a dataset by name. Raises `DataError` naming the file, `ConfigError` naming the field,
     and `OSError` when mapped images cannot be written.
     Where there are unlabelled images, a `train_size` above the labelled ones takes those and some of the others."""
-    source = open_source(name, data_dir, download)
+    source = open_source(name, data_dir, download, labels)
     rows, unlabelled = _rows(source, name, train_size)
-    labels = {s: torch.from_numpy(source.labels[at][r]) for s, (at, r) in rows.items()}
+    y = {s: torch.from_numpy(source.labels[at][r]) for s, (at, r) in rows.items() if source.labelled}
     parts = {s: [r] for s, r in rows.items()}
     if len(unlabelled):
         parts = {'pretrain': [rows['train'], ('unlabelled', unlabelled)], 'val': [rows['val']], 'test': [rows['test']]}
@@ -170,5 +176,5 @@ def load_dataset(name: str,                    # in `DATASETS`, or of a Parquet 
         images[s] = mapped_images(cache/f'{content[:16]}-{s}-{side}px-{shape[0]}', about, shape, chunks)
     if len(unlabelled):
         images['train'] = images['pretrain'][:len(rows['train'][1])]
-    classes = 1 + max(int(v.max()) for v in labels.values())
-    return Dataset(name, source.note, images, labels, classes, content)
+    classes = 1 + max((int(v.max()) for v in y.values()), default=-1)
+    return Dataset(name, source.note, images, y, classes, content)

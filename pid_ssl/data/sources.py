@@ -6,13 +6,13 @@
 __all__ = ['torchvision_source', 'data_folders', 'open_source']
 
 # %% ../../nbs/data/34_sources.ipynb #13ea094f
-import difflib, hashlib, os, warnings
+import dataclasses, difflib, hashlib, os, warnings
 from pathlib import Path
 import numpy as np
 import torch
 from ..config import project_root
 from .files import folder_source, is_image, listed_source, parquet_files, parquet_source
-from .splits import listing, split_of
+from .splits import listing, split_of, walk
 from .images import CHUNK, DataError, Source, check_class_numbers, file_hash
 from .table import DATASETS, fetch_command
 
@@ -87,13 +87,19 @@ def data_folders(data_dir: str | None = None, # given by the user
     env = os.environ.get('PID_SSL_DATA')
     return ([Path(env)] if env else []) + [project_root()/'data'/'datasets']
 
-def _layout(name, folder):
+def _layout(name, folder, labels):
     # the source in a folder, if it holds one
     if any(parquet_files(folder)):
-        return parquet_source(name, folder)
+        return parquet_source(name, folder, labels)
     folders = [p for p in listing(folder) if os.path.isdir(p)]
-    by_class = any(split_of(p.name) for p in folders) or any(is_image(f) for p in folders for f in listing(p))
-    return folder_source(name, folder) if by_class else None
+    images = any(split_of(p.name) for p in folders) or any(is_image(f) for p in (folder, *folders) for f in listing(p))
+    images |= labels == 'none' and any(map(is_image, walk(folder)))
+    return folder_source(name, folder, labels) if images else None
+
+def _silent(source):
+    # the same images, without labels
+    labels = {split: None if y is None else np.zeros_like(y) for split, y in source.labels.items()}
+    return dataclasses.replace(source, labels=labels, names=(), labelled=False, note=f'{source.note}; without labels')
 
 def _counted(name, source):
     # a set that lost half of its files trains as well as a whole one
@@ -115,7 +121,8 @@ def _missing(name, folders, failure=''):
         get = (f'did you mean {near[0]!r}? ' if near else '') + ', '.join(DATASETS)
     return DataError(f"dataset: got {name!r}, not found under {' or '.join(map(str, folders))}{failure}; "
                      f'accepted: {get}, or a folder {name}/ there with train.parquet and test.parquet, '
-                     'or with train/<class>/ (set data_dir or $PID_SSL_DATA)')
+                     'with train/<class>/ or with images without labels, or a file '
+                     f'{name}.parquet (set data_dir or $PID_SSL_DATA)')
 
 def _from_torchvision(name, folders, download):
     failure = ''
@@ -135,16 +142,24 @@ def _from_torchvision(name, folders, download):
 def open_source(name: str,                   # of a dataset
                 data_dir: str | None = None, # where to look; see `data_folders`
                 download: bool = False,      # let torchvision fetch it
+                labels: str = 'auto',        # none: labels are not read, and no folder is a class
                ) -> Source:
     "Find a dataset; raises `DataError` saying where it was looked for and the command that gets it."
+    source = _open(name, data_dir, download, labels)
+    return source if source.labelled and labels == 'auto' else _silent(source)
+
+def _open(name, data_dir, download, labels):
     if name == 'digits':
         return _digits()
     info, folders = DATASETS.get(name), data_folders(data_dir)
     names = (name, *(info.folders if info else ()))
     there = [root/n for root in folders for n in names if (root/n).is_dir()]
     for folder in there:
-        if source := _layout(name, folder):
+        if source := _layout(name, folder, labels):
             return _counted(name, source)
+    for path in (root/f"{name.removesuffix('.parquet')}.parquet" for root in folders):
+        if path.is_file():
+            return parquet_source(name, path, labels)
     if info and info.form == 'torchvision':
         return _counted(name, _from_torchvision(name, folders, download))
     if there:

@@ -143,17 +143,17 @@ class Measured:
         return {k: getattr(self.config, k) for k in mine if k not in ('image_size', 'train_size', 'policy')}
 
 # %% ../../nbs/experiments/75_downstream.ipynb #88c6412b
-def _load(config, name, image_size, train_size):
+def _load(config, name, image_size, train_size, labels='auto'):
     cache = home_folder(config)/'data'/'cache'
     with writing(cache):
-        return load_dataset(name, image_size, train_size, config.data_dir, False, config.data_memory, cache)
+        return load_dataset(name, image_size, train_size, config.data_dir, False, config.data_memory, cache, labels)
 
 def load_measured(config: DownstreamConfig, # its run, weights, home and data_dir count
                   device: str = 'cpu',      # where the encoder goes
                  ) -> tuple:                # encoder, pretraining `Dataset`, config of the run, what the record keeps
     "The encoder that a measurement asks for; raises `CheckpointError`, `ConfigError`, `DataError`, `StorageError`."
     encoder, run, folder = _pretrained(config)
-    data = _load(config, run['dataset'], run['image_size'], run['train_size'])
+    data = _load(config, run['dataset'], run['image_size'], run['train_size'], run.get('labels') or 'auto')
     about = dict(run=config.run, weights=config.weights)
     if config.weights == 'pixels':
         return nn.Flatten().to(device).eval(), data, run, about
@@ -268,6 +268,8 @@ def run_downstream(config: DownstreamConfig, # what to measure
     torch.set_num_threads(config.threads or default_threads())
     encoder, pretraining, run, about = load_measured(config, device)
     dataset = _measured_on(resolve_downstream(config, run), pretraining, run)
+    if not dataset.labels:
+        raise ConfigError('dataset', config.dataset, f'one with labels; {dataset.name} has none')
     for data in (pretraining, dataset):
         if strange := other_data(dataclasses.replace(config, dataset=data.name), data.content_hash):
             warnings.warn(strange)

@@ -10,15 +10,17 @@ import contextlib, dataclasses, math, os, sys, time, warnings
 from collections.abc import Callable
 import torch
 from tqdm import tqdm
-from ..config import Config, ConfigError, read_args, resolve, step_images, unread
-from ..data import Dataset, ViewMaker, load_dataset
-from ..evaluate import calibrate_batchnorm, evaluate_encoder, pid_audit, raw_pixels
+from ..config import Config, read_args, resolve, step_images, unread
+from ..data import Dataset, ViewMaker
+from ..evaluate import calibrate_batchnorm, evaluate_encoder, extract_features, pid_audit, raw_pixels
+from ..evaluate.spectrum import rankme
 from ..records import (PRETRAINING, CheckpointError, RunLocked, RunRecord, StopSignals, StorageError,
-    checkpoint_folder, home_folder, load_checkpoint, lock_run, other_data, remove_checkpoint, run_id,
-    save_checkpoint, writing)
+    checkpoint_folder, load_checkpoint, lock_run, other_data, remove_checkpoint, run_id, save_checkpoint)
+from .collapse import LOOK, collapsed, spectrum, untrained_spectrum
 from .experiment import Experiment, warn_unread
 from .processes import Processes, check_processes, join_processes, leave_when_stuck
 from .resume import checkpoints, load_state, save_state
+from .sets import probe_set, training_set
 from .training import NonFiniteLoss, Pretraining, build_embed, default_threads, device_class
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #4347f90b
@@ -56,14 +58,20 @@ def _audit(state, dataset, images):
 
 def _final_metrics(state: Pretraining, # trained
                   dataset: Dataset,   # with the split that is measured
+                  probe: Dataset | None, # with the labels, if there are any
                  ) -> dict:           # name -> number
-    "What is read of the encoder, of the untrained network and of raw pixels, and the atoms; raises `NonFiniteLoss`."
+    """What is read of the encoder, of the untrained network and of raw pixels, and the atoms; without labels how many
+    directions the features of the two use. Raises `NonFiniteLoss`."""
     c, split = state.config, state.config.eval_on
-    metrics = evaluate_encoder(state.embed[0], dataset, state.views, split)
     untrained = build_embed(c, dataset).to(state.device, memory_format=torch.channels_last)
     control = calibrate_batchnorm(untrained, dataset.images['train'], state.views)[0]
-    raw = raw_pixels(dataset, split)
-    metrics |= evaluate_encoder(control, dataset, state.views, split, 'control_') | raw
+    encoders, metrics = {'': state.embed[0], 'control_': control}, {}
+    for prefix, encoder in encoders.items():
+        if probe is None:
+            metrics[f'{prefix}{split}_rankme'] = rankme(extract_features(encoder, dataset.images[split], state.views))
+        else:
+            metrics |= evaluate_encoder(encoder, probe, state.views, split, prefix)
+    metrics |= {} if probe is None else raw_pixels(probe, split)
     metrics |= {f'{split}_{k}': v for k, v in _audit(state, dataset, dataset.images[split]).items()}
     _require_finite(c, 'final evaluation', metrics)
     return metrics
@@ -130,9 +138,14 @@ class _Run:
 # %% ../../nbs/experiments/74_pretrain.ipynb #5c8603c1
 def _measured(state, dataset):
     # what joins an epoch's row of the history. Whatever else is to be followed over the epochs belongs here
-    audit = _audit(state, dataset, dataset.images['val'][:AUDIT_IMAGES])
-    _require_finite(state.config, f'audit of epoch {len(state.history) + 1}', audit)
-    return {f'val_{k}': v for k, v in audit.items()}
+    images, number = dataset.images['val'][:AUDIT_IMAGES], len(state.history) + 1
+    row = _audit(state, dataset, images)
+    if number in (1, state.config.epochs) or number % LOOK == 0:
+        row |= spectrum(state.embed, images, state.views)
+    if number == 1:
+        row |= {f'untrained_{k}': v for k, v in untrained_spectrum(state, dataset, images).items()}
+    _require_finite(state.config, f'audit of epoch {number}', row)
+    return {f'val_{k}': v for k, v in row.items()}
 
 def _show(state, watch):
     views, training = state.views.state(), state.embed.training
@@ -159,6 +172,9 @@ def _epoch(run, watch):
         line = epoch_line(state.history, run.config.epochs, time.perf_counter() - begin, run.first)
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()  # a log is read while it is written
+        said = collapsed(state.history)
+        if said and said != collapsed(state.history[:-1]):
+            warnings.warn(said[-1])
         if watch is not None:
             _show(state, watch)
 
@@ -185,6 +201,8 @@ def _finish(run, trained):
         processes=run.group.size, dataset_note=data.note, images={s: len(x) for s, x in data.images.items()},
         train_seconds=round(trained, 2), images_per_second=speed, image_passes=state.image_passes(),
         resumed_after_epoch=run.first)
+    if said := collapsed(state.history):
+        run.record.provenance['collapse'] = said
     weights = {'encoder': state.embed[0].state_dict(), 'projector': state.embed[1].state_dict()}
     save_checkpoint(run.folder/'final', weights, dict(config=dataclasses.asdict(run.config), epoch=run.config.epochs))
     record = run.experiment.close()
@@ -210,16 +228,6 @@ def _algorithms(deterministic):
         torch.use_deterministic_algorithms(before, warn_only=warn)
         torch.backends.cudnn.benchmark = cudnn
 
-def _dataset(config):
-    cache = home_folder(config)/'data'/'cache'
-    with writing(cache):
-        data = load_dataset(config.dataset, config.image_size, config.train_size, config.data_dir, config.download,
-                            config.data_memory, cache)
-    if config.batch_size > len(data.pretraining):
-        most = f'at most {len(data.pretraining)}, the training images of {config.dataset}'
-        raise ConfigError('batch_size', config.batch_size, most)
-    return data
-
 def _tidy(experiment):
     # remove what a process left that was killed after it wrote the record; a read-only folder is no reason to complain
     config, rid, runs = experiment.config, experiment.record.run_id, experiment.path.parent
@@ -242,10 +250,12 @@ def _find_or_hold(experiment, dataset_hash, held):
     return record
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #899d8f25
-def _pretrain(config, device, watch):
-    dataset = _dataset(config)
+def _pretrain(config, asked, device, watch):
+    dataset, config = training_set(config, asked)
+    probe = probe_set(config, dataset)
+    other = probe.content_hash if config.probe_dataset else ''
     content, record = dataset.content_hash, None
-    experiment = Experiment(PRETRAINING, config, run_id(config, content, device), content, device)
+    experiment = Experiment(PRETRAINING, config, run_id(config, content, device, other), content, device)
     with join_processes(device) as group, StopSignals() as stop, contextlib.ExitStack() as held:
         stop.patient = group.size > 1
         with group.lasting(lambda: 'nothing was begun'):
@@ -262,13 +272,17 @@ def _pretrain(config, device, watch):
             if not group.first:
                 return None
             trained = time.perf_counter() - experiment.start
-            run.record.metrics = _final_metrics(run.state, dataset)
+            run.record.metrics = _final_metrics(run.state, dataset, probe)
         except NonFiniteLoss as e:
             if group.first:
                 experiment.failed(e)
             raise
-        if not any(k.startswith('raw_') for k in run.record.metrics):
+        if probe is None:
+            run.record.provenance['accuracies'] = 'not measured: no labels'
+        elif not any(k.startswith('raw_') for k in run.record.metrics):
             run.record.provenance['raw_pixels'] = 'not measured: too many values'
+        if other:
+            run.record.provenance |= dict(probe_hash=other, probe_note=probe.note)
         return _finish(run, trained)
 
 def pretrain(config: Config,                # validated
@@ -279,11 +293,11 @@ def pretrain(config: Config,                # validated
     `ProcessLost` (another process of this run ended) during it."""
     device = device_class(config)
     warn_unread(PRETRAINING, config, unread(config))
-    config = resolve(config, device)
+    asked, config = config, resolve(config, device)
     check_processes(config, device)
     torch.set_num_threads(config.threads or default_threads())
     with _algorithms(config.deterministic):
-        return _pretrain(config, device, watch)
+        return _pretrain(config, asked, device, watch)
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #68812c4f
 def parse_args(argv: list | None = None, # default the process's arguments

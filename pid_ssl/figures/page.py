@@ -11,27 +11,28 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from ..config import Config, resolve
-from ..data import ViewMaker, load_dataset
+from ..data import ViewMaker
 from ..evaluate import extract_features, knn_accuracy
 from . import plot_run, plotting
-from ..records import home_folder
+from ..experiments.collapse import collapsed
+from ..experiments.sets import training_set
 
 # %% ../../nbs/figures/88_page.ipynb #b80a0006
 class Watch:
-    "What is shown while a run trains; raises as `resolve` and `load_dataset` do."
+    "What is shown while a run trains; raises as `resolve` and `training_set` do."
     def __init__(self,
                  config: Config, # of the run
                  most: int = 2000, # labelled images that the probe learns from, and is asked about
                 ):
         self.config = c = resolve(config)
         self.probe, self.place, self.drawn = {}, None, 0.
-        data = load_dataset(c.dataset, c.image_size, c.train_size, c.data_dir, c.download, c.data_memory,
-                            home_folder(c)/'data'/'cache')
+        data, self.config = training_set(c, config)
         self.views = ViewMaker(c.policy, data.mean, data.std, c.seed)
         self.images, self.labels = {}, {}
         for split, images in data.images.items():
             rows = torch.linspace(0, len(images) - 1, min(most, len(images))).long()  # from one end to the other
-            self.images[split], self.labels[split] = images[rows], data.labels.get(split, rows)[rows]
+            self.images[split] = images[rows]
+            self.labels |= {split: data.labels[split][rows]} if split in data.labels else {}
         self.epochs = {1, *range(0, c.epochs + 1, max(1, c.epochs//8)), c.epochs}
 
     def __call__(self,
@@ -39,7 +40,7 @@ class Watch:
                  state: object, # `Pretraining`
                 ) -> None:
         "Probe and draw, as far as it is due."
-        if len(history) in self.epochs:
+        if len(history) in self.epochs and self.labels:
             train, val = (extract_features(state.embed[0], self.images[k], state.views) for k in ('train', 'val'))
             known, asked = self.labels['train'], self.labels['val']
             self.probe[len(history)] = knn_accuracy(train, known, val, asked, min(5, len(train)))
@@ -55,6 +56,8 @@ class Watch:
         # one parameter of a view is a picture of its own
         rows = [{k: v for k, v in row.items() if not k.startswith('nats_')} for row in history]
         figure = plot_run(SimpleNamespace(config=dataclasses.asdict(self.config), history=rows))
+        if said := collapsed(history):
+            figure.suptitle(said[-1], color='C3')
         if self.place is None:
             self.place = display(figure, display_id=True)
         else:
@@ -91,7 +94,8 @@ def plot_neighbours(encoder: nn.Module, # maps normalised images to features
                     n: int = 6,         # test images
                     k: int = 7,         # neighbours
                    ):                   # matplotlib Figure
-    "Test images, and beside each the training images nearest in features: framed blue where of its class, else orange."
+    """Test images, and beside each the training images nearest in features: with labels framed blue where of its class,
+    else orange."""
     plt, sns, _ = plotting()
     blue, orange = sns.color_palette('colorblind')[:2]
     rows = torch.linspace(0, len(watch.images['test']) - 1, n).long()
@@ -99,8 +103,9 @@ def plot_neighbours(encoder: nn.Module, # maps normalised images to features
     distance = torch.cdist(*(extract_features(encoder, x, watch.views) for x in (query, train)))
     nearest = distance.topk(min(k, len(train)), largest=False).indices
     fig, axes = plot_grid([[image, *train[near]] for image, near in zip(query, nearest)])
-    same = watch.labels['train'][nearest] == watch.labels['test'][rows][:, None]
-    for ax, right in zip(axes[:, 1:].flat, same.flatten()):
+    known = [watch.labels[split] for split in ('train', 'test') if watch.labels]
+    same = (known[0][nearest] == known[1][rows][:, None]).flatten() if known else ()
+    for ax, right in zip(axes[:, 1:].flat, same):
         ax.spines[:].set(color=blue if right else orange, linewidth=2)
     axes[0, 0].set_title('test')
     return fig

@@ -116,11 +116,12 @@ def _images(record):
     c = record.config
     if 'arm' in c or c.get('task') == 'low_label' or 'task' in c and TASK_TABLE[c['task']].group == 'dense':
         return None
-    return c['dataset'], c['image_size'], c['train_size']
+    return c['dataset'], c['image_size'], c['train_size'], c.get('labels') or 'auto'
 
 def _refuse_other_data(records, home, data_dir):
     cache, asked = home/'data'/'cache', {_images(r) for r in records} - {None}
-    here = functools.cache(lambda images: load_dataset(*images, data_dir, cache_dir=cache).content_hash)
+    here = functools.cache(lambda images: load_dataset(*images[:3], data_dir, cache_dir=cache,
+                                                       labels=images[3]).content_hash)
     for old in recipe.every_record(home/'data'):
         images, content = _images(old), old.provenance['dataset_hash']
         if images not in asked:

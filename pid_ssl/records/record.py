@@ -17,9 +17,11 @@ from .storage import read_json, require, write_bytes, writing
 def run_id(config: Config,      # resolved
            dataset_hash: str,   # content hash of the dataset
            device_class: str,   # 'cpu', 'cuda' or 'mps'
+           probe_hash: str = '',# content hash of `probe_dataset`, where there is one
           ) -> str:             # 16 hexadecimal digits
     "Hash of what changes the result: config less paths, threads and force; the data's content; the device class."
-    return digest({'config': identity(config), 'dataset': dataset_hash, 'device': device_class})
+    probe = {'probe': probe_hash} if probe_hash else {}
+    return digest({'config': identity(config), 'dataset': dataset_hash, 'device': device_class, **probe})
 
 # %% ../../nbs/records/26_record.ipynb #2c22b775
 class RecordError(ValueError):
