@@ -228,6 +228,13 @@ def draw_view(n: int,             # images
         omega['solarize'] = _chance(n, policy.solarize, g)
     return omega | dict(colour), colour
 
+def _require_bytes(images, square=False):
+    if images.dtype != torch.uint8:
+        raise ValueError(f'images: got {images.dtype}; accepted: uint8, 0 to 255 (floats would be divided again)')
+    if square and images.shape[-2] != images.shape[-1]:
+        size = ' x '.join(map(str, images.shape[-2:]))
+        raise ValueError(f'images: got {size} pixels; accepted: square ones, for any policy but none')
+
 def identity_view(n: int,                 # images
                   device: object = 'cpu', # of the result
                  ) -> dict:               # omega
@@ -256,18 +263,20 @@ class ViewMaker:
     def clean(self,
               images: torch.Tensor,  # (n, c, h, w) uint8
              ) -> torch.Tensor:      # (n, c, h, w) float32, normalised
-        "The image itself, no augmentation."
+        "The image itself, no augmentation; raises `ValueError` for what is not uint8."
+        _require_bytes(images)
         return (images.float()/255 - self.mean)/self.std
 
     def __call__(self,
                  images: torch.Tensor, # (n, c, h, w) uint8
                  told: bool = False,   # tell what was drawn, too
                 ) -> torch.Tensor:     # (n, c, h, w) float32, normalised; with `told` a pair of that and omega
-        "One random view of each image."
+        "One random view of each image; raises `ValueError` for images that are not square, or not uint8."
         n, channels, _, side = images.shape
         p, g = self.policy, self.generator
         if p == POLICIES['none']:
             return (self.clean(images), identity_view(n, g.device)) if told else self.clean(images)
+        _require_bytes(images, square=True)
         omega, colour = draw_view(n, p, g, channels, side)
         noise = _draw(torch.randn, *images.shape, g=g) if p.noise else None
         x = jitter_colour(resample(images.float()/255, omega['theta'], p), colour)
