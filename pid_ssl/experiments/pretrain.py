@@ -204,7 +204,9 @@ def _finish(run, trained):
     if said := collapsed(state.history):
         run.record.provenance['collapse'] = said
     weights = {'encoder': state.embed[0].state_dict(), 'projector': state.embed[1].state_dict()}
-    save_checkpoint(run.folder/'final', weights, dict(config=dataclasses.asdict(run.config), epoch=run.config.epochs))
+    header = dict(config=dataclasses.asdict(run.config), epoch=run.config.epochs)
+    header |= dict(mean=data.mean.tolist(), std=data.std.tolist())
+    save_checkpoint(run.folder/'final', weights, header)
     record = run.experiment.close()
     for old in checkpoints(run.folder):
         remove_checkpoint(old)
