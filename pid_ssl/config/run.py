@@ -71,10 +71,9 @@ class _Machine(Checked):
     download: bool = setting(False, 'let torchvision download a dataset that is not there', changes_result=False)
     force: bool = setting(False, 'run again although a finished record exists', changes_result=False)
 
-def _field(knob):
-    return knob.name, knob.type, setting(knob.default, **{**knob.metadata, 'readers': losses_with(knob.name)})
-
-_Knobs = make_dataclass('_Knobs', map(_field, KNOBS.values()), bases=(Checked,), frozen=True)
+_knobs = [(k.name, k.type, setting(k.default, **{**k.metadata, 'readers': losses_with(k.name)}))
+          for k in KNOBS.values()]
+_Knobs = make_dataclass('_Knobs', _knobs, bases=(Checked,), frozen=True)
 
 @dataclass(frozen=True)
 class Config(_Machine, _Knobs, _Run):  # dataclasses take the fields of the last base first

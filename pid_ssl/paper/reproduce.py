@@ -101,8 +101,7 @@ def reproduce(plan: Plan,                  # from `behind`
     again = {}
     for i, (record, planned) in plan.records.items():
         more = dict(device=record.provenance['device'], threads=record.provenance.get('threads'), **local)
-        encoder = again.get(record.config.get('run'))
-        again[i] = planned.at(encoder, **more)
+        again[i] = planned.at(again.get(record.config.get('run')), **more)
     for p in again.values():
         if hasattr(p.config, 'device'):
             device_class(p.config)
@@ -273,8 +272,7 @@ def command(argv: list | None = None, # default the process's arguments
         table.to_csv(path, index=False)
     if given.record:
         with writing(given.record):
-            text = json.dumps([*kept, outcome(plan, made, given.figure)], indent=1)
-            Path(given.record).write_text(text + '\n')
+            Path(given.record).write_text(json.dumps([*kept, outcome(plan, made, given.figure)], indent=1) + '\n')
     print(markdown_table(summary(table)), *circumstances(plan, made), sep='\n')
     print(f'{int((table.difference == 0).sum())} of {len(table)} numbers are the same to the last digit; '
           f'all of them: {path}')
