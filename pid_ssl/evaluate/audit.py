@@ -383,11 +383,14 @@ def _encoder(where):
         if maker == 'timm':
             net = importlib.import_module('timm').create_model(model, pretrained=True, num_classes=0)
             return net, model, None, None
-        net = importlib.import_module('torchvision.models').get_model(model, weights='DEFAULT')
+        models = importlib.import_module('torchvision.models')
+        weights = models.get_model_weights(model).DEFAULT
+        net, seen = models.get_model(model, weights=weights), weights.transforms()
     except (RuntimeError, ValueError, OSError) as e:
         raise ConfigError('encoder', where, f'a pretrained model that {maker} has or can fetch ({e})') from None
     last = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
     net.set_submodule(last, nn.Identity())
+    net.pretrained_cfg = dict(mean=seen.mean, std=seen.std)  # as timm keeps them
     return net, model, None, None
 
 def command(argv: list | None = None, # default the process's arguments

@@ -100,7 +100,8 @@ def check_pmf(
         raise ValueError(f"pmf of shape {tuple(pmf.shape)}: need (..., n1, n2, nt) with at least one value each")
     if pmf.is_complex():
         raise ValueError(f"pmf of dtype {pmf.dtype}: need real probabilities")
-    tolerance = 1e-5 if pmf.dtype in (torch.float32, torch.float16, torch.bfloat16) else 1e-9
+    rounded = pmf.is_floating_point() and pmf.dtype != torch.float64
+    tolerance = max(1e-5, torch.finfo(pmf.dtype).eps) if rounded else 1e-9
     pmf = pmf.double()
     if not torch.isfinite(pmf).all():
         raise ValueError("pmf holds NaN or infinite values: need finite probabilities")

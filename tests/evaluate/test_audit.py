@@ -89,6 +89,12 @@ def test_any_module_goes_through_and_stays_as_it_was(coloured):
         pytest.approx(0.485), "kept with the model"
 
 
+@pytest.mark.parametrize("tells, names", [("own", {"flip"}), ("all", {"view1_flip", "view2_flip", "flip"})])
+def test_own_parameters_are_asked_for(handed, tells, names):
+    found = pid_ssl.audit(Pixels(), handed[:90], policy=Policy(flip=0.5), tells=tells, pairs=100, replicates=20)
+    assert set(found.possible) == names
+
+
 def test_one_channel_goes_through_a_net_of_three(handed):
     found = pid_ssl.audit(SmallResNet(8, 3), handed[:90].squeeze(1).numpy(), pairs=100, replicates=20)
     assert found.about["images"] == {"fit": 60, "held": 30}
