@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from ..config import ConfigError
 from . import Dataset, data_folders
-from .files import open_parquet
+from .parquet import open_parquet
 from .images import DataError, decode, file_hash, rgb, upright
 
 # %% ../../nbs/data/36_dense.ipynb #b820069f

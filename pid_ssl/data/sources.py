@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from ..config import project_root
-from .files import folder_source, is_image, listed_source, parquet_files, parquet_source
+from .files import folder_source, is_image, listed_source
+from .parquet import parquet_files, parquet_source
 from .splits import listing, split_of, walk
 from .images import CHUNK, DataError, Source, check_class_numbers, file_hash
 from .table import DATASETS, fetch_command

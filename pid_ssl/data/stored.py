@@ -9,8 +9,9 @@ __all__ = ['Stored']
 from collections.abc import Iterator
 from pathlib import Path
 import numpy as np
-from .files import Shard, images_below
+from .files import images_below
 from .images import DataError
+from .parquet import Shard
 from .splits import is_hidden, walk
 
 # %% ../../nbs/data/34_stored.ipynb #9882378b
