@@ -19,6 +19,8 @@ class Verb(NamedTuple):
 VERBS = {
     'pretrain': Verb('experiments.pretrain', 'Pretrain an encoder without labels, evaluate it, record the run.'),
     'measure': Verb('experiments.downstream', 'Measure a pretrained encoder on a task and record it.'),
+    'audit': Verb('evaluate.audit', 'Say what two views tell an encoder apart and together: table, record, picture.'),
+    'embed': Verb('experiments.embed', 'Write the features of images to a Parquet file.'),
     'controlled': Verb('experiments.controlled', 'Run an arm of the controlled benchmark and record it.'),
     'sweep': Verb('experiments.sweep', 'Make every run of a sweep file that has no finished record.'),
     'reproduce': Verb('paper.reproduce', 'Make the records behind a figure again and compare every number.'),

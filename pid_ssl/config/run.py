@@ -13,16 +13,24 @@ from .fields import Checked, setting
 from .tables import KNOBS, LOSS_NAMES, LOSS_TABLE, PID_LOSSES, By, losses_with
 
 # %% ../../nbs/config/05_run.ipynb #b41828ef
+_NAME = r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}'
+
 @dataclass(frozen=True)
 class _Run(Checked):
     loss: str = setting('pid', 'objective', choices=LOSS_NAMES, group='What one changes first')
     dataset: str = setting('digits', 'digits, cifar10, cifar100, stl10, tiny_imagenet, imagenette, svhn, gtsrb, '
-                           'or the name of a Parquet or image folder', pattern=r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}')
+                           'or the name of a Parquet file or folder or of an image folder, with or without labels',
+                           pattern=_NAME)
     preset: str = setting('auto', 'sizes and lengths that fit a machine; auto: digits for digits, else gpu with CUDA '
                           'and cpu without', choices=('auto', *By._fields))
     epochs: int = setting(None, 'passes over the training images', lo=1, hi=100_000)
     seed: int = setting(0, 'seed of weights, order and views', lo=0, hi=2**31 - 1)
     train_size: int = setting(None, 'training images, class-balanced; 0: all of them', lo=0, group='Data')
+    labels: str = setting('auto', 'auto: a Parquet column label, or folders that hold images, are classes; none: '
+                          'labels are not read, and every image below the folder is one of the set',
+                          choices=('auto', 'none'))
+    probe_dataset: str = setting(None, 'labelled dataset for linear and kNN accuracies; default the training dataset, '
+                                 'or no accuracies where that has no labels', pattern=_NAME)
     image_size: int = setting(None, 'pixels a side that images are resized to', lo=8, hi=512)
     batch_size: int = setting(None, 'images a step, at two views of each', lo=4, hi=65_536)
     policy: str = setting('auto', "augmentation policy of both views; auto: the dataset's",
@@ -63,10 +71,9 @@ class _Machine(Checked):
     download: bool = setting(False, 'let torchvision download a dataset that is not there', changes_result=False)
     force: bool = setting(False, 'run again although a finished record exists', changes_result=False)
 
-def _field(knob):
-    return knob.name, knob.type, setting(knob.default, **{**knob.metadata, 'readers': losses_with(knob.name)})
-
-_Knobs = make_dataclass('_Knobs', map(_field, KNOBS.values()), bases=(Checked,), frozen=True)
+_knobs = [(k.name, k.type, setting(k.default, **{**k.metadata, 'readers': losses_with(k.name)}))
+          for k in KNOBS.values()]
+_Knobs = make_dataclass('_Knobs', _knobs, bases=(Checked,), frozen=True)
 
 @dataclass(frozen=True)
 class Config(_Machine, _Knobs, _Run):  # dataclasses take the fields of the last base first

@@ -30,6 +30,7 @@ class Source:
     channels: int = 3    # of the decoded images
     unlabelled: int = 0  # images of the split 'unlabelled'
     names: tuple = ()    # of the classes, where the files say them
+    labelled: bool = True # else every label is 0 and means nothing
 
 CHUNK = 256  # images decoded at a time: 7 MB at 96 pixels
 
@@ -124,6 +125,7 @@ def image_source(note: str,       # variant in words
                  files: Callable, # (split, sorted rows) -> iterator of (what messages call an image, its path or bytes)
                  accepted: str,   # what would be accepted in place of an unreadable image
                  names: Iterable = (), # of the classes
+                 labelled: bool = True,# as in `Source`
                 ) -> Source:
     "A dataset of image files; decoding raises `DataError` naming the image."
     def decoded(split, rows, make):
@@ -133,4 +135,4 @@ def image_source(note: str,       # variant in words
         images = decoded(split, rows, partial(pixels, side=side))
         return map(np.stack, iter(lambda: list(itertools.islice(images, CHUNK)), []))
     side = lambda: next(decoded('train', np.arange(1), lambda file: Image.open(file).width))
-    return Source(note, labels, content_hash, chunks, side, names=tuple(names))
+    return Source(note, labels, content_hash, chunks, side, names=tuple(names), labelled=labelled)

@@ -95,6 +95,11 @@ def _checked(name, x, y):
         raise ValueError(f'{name}: got features that are not finite; accepted: finite numbers; NaN is near to all')
     return x if x.dtype == torch.float64 else x.float(), y
 
+def _first_first(close, k):
+    # the k largest of each row, of equal ones the first
+    values, indices = close.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], indices[:, :k]
+
 def knn_accuracy(train: torch.Tensor,        # (n, f) features
                  train_labels: torch.Tensor, # (n,)
                  query: torch.Tensor,        # (m, f) features
@@ -104,7 +109,8 @@ def knn_accuracy(train: torch.Tensor,        # (n, f) features
                  temperature: float = KNN_TEMPERATURE, # of the weights by cosine
                 ) -> float:                  # percent
     """kNN accuracy: majority vote by distance (W-MSE protocol), or weighted vote by cosine (Wu et al. 2018).
-    Equal distances come in no particular order. Raises `ValueError` naming the argument that cannot be used."""
+    Of training images at the same distance the first come first, from k = 50; fewer neighbours of equal distance
+    come in no particular order. Raises `ValueError` naming the argument that cannot be used."""
     train, train_labels = _checked('train', train, train_labels)
     query, query_labels = _checked('query', query, query_labels)
     if not 0 < k <= len(train):
@@ -123,10 +129,15 @@ def knn_accuracy(train: torch.Tensor,        # (n, f) features
     step = min(1000, max(1, 50_000_000//len(train)))  # distances of that many queries, 200 MB at most
     for q, y in zip(query.split(step), query_labels.split(step)):
         # nearest first: of tied classes the one with the smaller sum of ranks has the larger weight
-        near = (q @ train.T if metric == 'cosine' else -torch.cdist(q, train)).topk(k)
+        close = q @ train.T if metric == 'cosine' else -torch.cdist(q, train)
+        values, indices = close.topk(min(k + (k >= 50), len(train)))
+        # as records with fewer neighbours were made, those stay as `topk` puts them
+        if k >= 50 and (tied := (values.diff(dim=1) == 0).any(1)).any():
+            values[tied], indices[tied] = _first_first(close[tied], values.shape[1])
+        values, indices = values[:, :k], indices[:, :k]
         # sums of many votes need float64 to see ranks; of few, records were made in float32
         rank = torch.arange(k, dtype=torch.float32 if k < 50 else torch.float64).expand(len(q), k)
-        weight = (near.values/temperature).exp() if metric == 'cosine' else 1 - min(1e-6, 1/k**2)*rank
-        votes = weight.new_zeros(len(q), classes).scatter_add_(1, train_labels[near.indices], weight)
+        weight = (values/temperature).exp() if metric == 'cosine' else 1 - min(1e-6, 1/k**2)*rank
+        votes = weight.new_zeros(len(q), classes).scatter_add_(1, train_labels[indices], weight)
         right += (votes.argmax(1) == y).sum().item()
     return 100*right/len(query)

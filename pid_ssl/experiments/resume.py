@@ -38,9 +38,8 @@ def save_state(state: Pretraining,   # between two steps
     tensors = {stem: module.state_dict() for stem, module in _modules(state).items()}
     tensors['optimizer'] = {f'{i}.{k}': torch.as_tensor(v) for i, s in slots for k, v in s.items() if v is not None}
     tensors['random'] = _random(state)
-    log = [{k: v.item() for k, v in row.items()} for row in state.log]
     header = dict(config=dataclasses.asdict(state.config), source_hash=state.source, epoch=epoch, step=state.step,
-                  history=state.history, log=log)
+                  history=state.history, log=[{k: v.item() for k, v in row.items()} for row in state.log])
     path = save_checkpoint(Path(folder)/f'epoch-{epoch:06d}', tensors, header)
     # damaged ones of later epochs, which were passed over, go too
     kept = [p for p in checkpoints(folder) if p.name <= path.name][-2:]
@@ -53,9 +52,8 @@ _require = functools.partial(require, error=CheckpointError)
 
 def _numbers(rows):
     # whether these are rows of finite numbers
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and r for r in rows):
-        return False
-    return all(type(v) in (int, float) and abs(v) < math.inf for r in rows for v in r.values())
+    number = lambda v: type(v) in (int, float) and abs(v) < math.inf
+    return isinstance(rows, list) and all(isinstance(r, dict) and r and all(map(number, r.values())) for r in rows)
 
 def _check_header(state, at, header):
     header.setdefault('log', [])  # absent before epochs could be stopped in the middle

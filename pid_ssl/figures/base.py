@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'SMALLEST', 'STYLE', 'SHORT', 'plotting', 'panels', 'ink', 'smallest_type', 'legend_above', 'plot_means',
-           'plot_differences', 'label_rows', 'table', 'spread', 'listed', 'half_width', 'interval', 'markdown_table']
+           'plot_differences', 'label_rows', 'table', 'spread', 'listed', 'seeds_each', 'half_width', 'interval',
+           'markdown_table']
 
 # %% ../../nbs/figures/81_base.ipynb #190dfa91
 import numpy as np
@@ -121,6 +122,15 @@ def listed(values: list,   # anything that can be sorted
           ) -> str:
     "The different values, in their order."
     return by.join(map(str, sorted(set(values))))
+
+def seeds_each(pairs: list, # of a setting and a seed
+              ) -> str:     # such as '2 to 5 seeds'
+    "How many different seeds a setting has."
+    seeds = {}
+    for setting, seed in pairs:
+        seeds.setdefault(setting, set()).add(seed)
+    numbers = sorted({len(s) for s in seeds.values()}) or ['no']
+    return ' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1])))) + (' seed' if numbers == [1] else ' seeds')
 
 def half_width(d: object, # pandas Series of differences
               ) -> float:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'FAULTS', 'GENERATED', 'MARKS', 'measured', 'middle', 'turns', 'turns_caption', 'pid_speed_table',
-           'loss_speed_table', 'loss_speed_cells', 'loss_speed_caption', 'view_speed_table', 'train_speed_table',
-           'eval_speed_table', 'faults_table', 'reproduced_table', 'reproduced_caption', 'plot_calibration',
-           'calibration_table', 'calibration_caption', 'plot_speed']
+           'loss_speed_table', 'loss_speed_cells', 'loss_speed_caption', 'by_side', 'view_speed_table',
+           'train_speed_table', 'eval_speed_table', 'faults_table', 'reproduced_table', 'reproduced_caption',
+           'plot_calibration', 'calibration_table', 'calibration_caption', 'plot_speed']
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #1d263647
 import re
@@ -62,9 +62,9 @@ def pid_speed_table(record: dict, # pid_speed
         apart = bits(r['difference_bits']) if 'dit_cpu_s' in r else 'by certificate'
         ours, theirs = r['pid_discrete_cpu_s'], r.get('dit_cpu_s')
         rows.append(_against('BROJA, other: dit cone, processor time', size, ours, theirs, apart))
-    for g in record['gaussian']:
-        rows.append(_against('Gaussian union information, other: L-BFGS search, one start', f"d1 = d2 = dt = {g['d']}",
-                             g['closed_form_s'], g['search_s'], f"{g['excess_nats']:+.1e} nats", digits=4))
+    other = 'Gaussian union information, other: L-BFGS search, one start'
+    rows += [_against(other, f"d1 = d2 = dt = {g['d']}", g['closed_form_s'], g['search_s'],
+                      f"{g['excess_nats']:+.1e} nats", digits=4) for g in record['gaussian']]
     return table(rows)
 
 def _against(what, size, ours, theirs, apart, digits=3):
@@ -98,12 +98,18 @@ def loss_speed_caption(record: dict, # loss_speed
             f'{measured(record)}')
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #da189edc
+def by_side(record: dict, # view_speed or train_speed
+            what: str,    # images_per_s, s_per_step
+           ) -> list:     # of (policy or network, its turns by side, what each turn read by side)
+    "The rows of a record, with one of their numbers."
+    read = lambda rs: [r[what] for r in rs]
+    return [(name, sides, dict(zip(sides, map(read, sides.values())))) for name, sides in record['rows'].items()]
+
 def view_speed_table(record: dict, # view_speed
                     ):             # pandas DataFrame of text
     "Images a second by policy and side."
     rows = []
-    for policy, sides in record['rows'].items():
-        rate = {side: [r['images_per_s'] for r in rs] for side, rs in sides.items()}
+    for policy, sides, rate in by_side(record, 'images_per_s'):
         best = max((s for s in rate if s != 'pid_ssl'), key=lambda s: middle(rate[s]))
         ratios = {'pid_ssl': turns([a/b for a, b in zip(rate['pid_ssl'], rate[best])], 1)}
         rows += [{'policy': policy, 'side': side, 'images a second': turns(v, 0),
@@ -115,8 +121,7 @@ def train_speed_table(record: dict, # train_speed
                      ):             # pandas DataFrame of text
     "Milliseconds a step by network and side, with its stages; ratios to the fastest of lightly's."
     rows = []
-    for net, sides in record['rows'].items():
-        step = {side: [r['s_per_step'] for r in rs] for side, rs in sides.items()}
+    for net, sides, step in by_side(record, 's_per_step'):
         best = min((s for s in step if s.startswith('lightly')), key=lambda s: middle(step[s]))
         for side, v in step.items():
             ratio = turns([b/a for a, b in zip(v, step[best])]) if side != best else ''
@@ -256,11 +261,10 @@ def plot_speed(views: dict,  # view_speed
               ):             # matplotlib Figure
     "Views, training steps and losses beside the others': median over turns as a bar, smallest to largest as a line."
     fig, axes = panels(2, 2, 4.0)
-    rates = [(f'{side} ({policy})', [r['images_per_s'] for r in rs], side == 'pid_ssl')
-             for policy, sides in views['rows'].items() for side, rs in sides.items()]
+    rates = [(f'{side} ({policy})', v, side == 'pid_ssl')
+             for policy, _, sides in by_side(views, 'images_per_s') for side, v in sides.items()]
     _bars(axes[0, 0], rates, 'views: images a second')
-    for ax, (net, sides) in zip((axes[0, 1], axes[1, 0]), train['rows'].items()):
-        steps = {side: [r['s_per_step'] for r in rs] for side, rs in sides.items()}
+    for ax, (net, _, steps) in zip((axes[0, 1], axes[1, 0]), by_side(train, 's_per_step')):
         unit, scale, digits = ('s', 1, 1) if max(map(max, steps.values())) > 2 else ('ms', 1e3, 0)
         _bars(ax, [(side, [scale*s for s in v], side.startswith('pid_ssl')) for side, v in steps.items()],
               f'{net}: {unit} a step', digits)

@@ -11,7 +11,7 @@ __all__ = ['TRACE', 'COST', 'SPLITS', 'frame', 'by_loss', 'traced', 'default_ide
 import re
 import numpy as np
 from ..config import LOSS_TABLE, Config, digest, from_dict, identity, reads, resolve
-from .base import listed, plotting
+from .base import listed, plotting, seeds_each
 from ..records import RunRecord
 
 # %% ../../nbs/figures/81_frames.ipynb #7f4ae8a7
@@ -141,13 +141,9 @@ def caption(records: list, # of one figure or table
             split: str | None = None, # that the figure shows; default that of the metrics
            ) -> str:       # one or two sentences
     "Dataset variant, seeds, split and device, and the settings of the losses, taken from the records."
-    data, settings = frame(records), {}
-    for r in records:
-        settings.setdefault(digest(without_seed(r)), set()).add(r.config['seed'])
-    seeds = sorted({len(s) for s in settings.values()})
-    span = ' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1])))) + (' seeds' if seeds[-1] > 1 else ' seed')
+    data, seeds = frame(records), seeds_each((digest(without_seed(r)), r.config['seed']) for r in records)
     where = (f"{listed(data.dataset_note)}, {images_of(data)}, {listed(data.epochs, ' or ')} epochs, "
-             f'{span} a setting, {SPLITS[split or data.eval_on.iloc[0]]} split, '
+             f'{seeds} a setting, {SPLITS[split or data.eval_on.iloc[0]]} split, '
              f'{listed(data.device_name)}.')
     return ' '.join(filter(None, (where, methods(records))))
 

@@ -9,6 +9,7 @@ __all__ = ['committed_rows', 'fill_markers', 'fill_notebook']
 import csv, json, re
 from pathlib import Path
 from ..config import loss_table, parameter_table, project_root
+from .base import markdown_table, table
 from .gallery import read_manifest
 
 # %% ../../nbs/figures/81_markers.ipynb #7a868842
@@ -43,8 +44,7 @@ def _table(folder, name, columns=None):
     if columns is None:
         return (folder/f'{name}.md').read_text().rstrip()
     rows, names = committed_rows(name, folder), columns.split('; ')
-    lines = [names, ['---']*len(names), *([r[c] for c in names] for r in rows)]
-    return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines) + '\n' + _caption(folder, name)
+    return markdown_table(table(rows)[names]) + '\n' + _caption(folder, name)
 
 def fill_markers(text: str,                       # Markdown with markers
                  folder: str | Path | None = None,# default the project's figures/

@@ -26,8 +26,9 @@ class TargetLoss(SSLLoss):
     needs_target = True
     def __init__(self,
                  pairing: str = 'draw', # how target and target2 are used: draw, mean or cross
+                 **more,                # of the loss that it is added to
                 ):
-        super().__init__()
+        super().__init__(**more)
         if pairing not in PAIRINGS:
             raise ConfigError('pairing', pairing, ', '.join(PAIRINGS))
         self.pairing, self._calls, self._unequal = pairing, 0, 0.
@@ -116,12 +117,9 @@ class _Estimators(TargetLoss):
         views = torch.cat([x1, x2], 1)
         weight = next(self.critics.parameters())
         nets, codes = self.critics.source, [g(t.to(weight.dtype)) for g in self.critics.target]
-        out = []
         # loss -> critics: -(i1 + i2 + i12); loss -> embeddings: beta (i1 + i2) - (1 + beta) i12
-        for net, code, z, k in zip(nets, codes, (x1, x2, views), (-beta, -beta, 1 + beta)):
-            bound = infonce_bound(net(scale_gradient(z, k).to(weight.dtype)), code).to(x1.dtype)
-            out.append(bound)
-        return tuple(out)
+        return tuple(infonce_bound(net(scale_gradient(z, k).to(weight.dtype)), code).to(x1.dtype)
+                     for net, code, z, k in zip(nets, codes, (x1, x2, views), (-beta, -beta, 1 + beta)))
 
 # %% ../../nbs/losses/53_target.ipynb #9c41f7de
 class PIDLoss(_Estimators):
@@ -229,9 +227,7 @@ class PIDWMSE(TargetLoss, WMSE):
                  w_r: float = 0.,            # weight of the excess penalty: none won on validation
                  pairing: str = 'draw',      # see `TargetLoss`
                 ):
-        TargetLoss.__init__(self, pairing)
-        WMSE.__init__(self, whitening_size, whitening_iters, eps)
-        self.pairing, self._calls, self._unequal = pairing, 0, 0.
+        super().__init__(pairing, whitening_size=whitening_size, whitening_iters=whitening_iters, eps=eps)
         if pairing == 'cross' and w_r:
             raise ConfigError('w_r', w_r, '0 with pairing cross: the floor needs one target for both views')
         self.take(w_t=w_t, w_r=w_r)

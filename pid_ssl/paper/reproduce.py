@@ -101,8 +101,7 @@ def reproduce(plan: Plan,                  # from `behind`
     again = {}
     for i, (record, planned) in plan.records.items():
         more = dict(device=record.provenance['device'], threads=record.provenance.get('threads'), **local)
-        encoder = again.get(record.config.get('run'))
-        again[i] = planned.at(encoder, **more)
+        again[i] = planned.at(again.get(record.config.get('run')), **more)
     for p in again.values():
         if hasattr(p.config, 'device'):
             device_class(p.config)
@@ -116,11 +115,12 @@ def _images(record):
     c = record.config
     if 'arm' in c or c.get('task') == 'low_label' or 'task' in c and TASK_TABLE[c['task']].group == 'dense':
         return None
-    return c['dataset'], c['image_size'], c['train_size']
+    return c['dataset'], c['image_size'], c['train_size'], c.get('labels') or 'auto'
 
 def _refuse_other_data(records, home, data_dir):
     cache, asked = home/'data'/'cache', {_images(r) for r in records} - {None}
-    here = functools.cache(lambda images: load_dataset(*images, data_dir, cache_dir=cache).content_hash)
+    here = functools.cache(lambda images: load_dataset(*images[:3], data_dir, cache_dir=cache,
+                                                       labels=images[3]).content_hash)
     for old in recipe.every_record(home/'data'):
         images, content = _images(old), old.provenance['dataset_hash']
         if images not in asked:
@@ -272,8 +272,7 @@ def command(argv: list | None = None, # default the process's arguments
         table.to_csv(path, index=False)
     if given.record:
         with writing(given.record):
-            text = json.dumps([*kept, outcome(plan, made, given.figure)], indent=1)
-            Path(given.record).write_text(text + '\n')
+            Path(given.record).write_text(json.dumps([*kept, outcome(plan, made, given.figure)], indent=1) + '\n')
     print(markdown_table(summary(table)), *circumstances(plan, made), sep='\n')
     print(f'{int((table.difference == 0).sum())} of {len(table)} numbers are the same to the last digit; '
           f'all of them: {path}')

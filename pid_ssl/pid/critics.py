@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .base import check_samples
+from .base import check_count, check_samples
 
 # %% ../../nbs/pid/16_critics.ipynb #299ac847
 def infonce(
@@ -41,9 +40,7 @@ class InfoNCECritics(nn.Module):
         d_score: int = 16,  # dimensions of the inner product
     ):
         super().__init__()
-        for name, d in (("d1", d1), ("d2", d2), ("dt", dt), ("width", width), ("d_score", d_score)):
-            if int(d) != d or d < 1:
-                raise ValueError(f"{name}={d!r}: need a positive integer")
+        check_count("a positive integer", 1, d1=d1, d2=d2, dt=dt, width=width, d_score=d_score)
         self.source = nn.ModuleList(_network(d, width, d_score) for d in (d1, d2, d1 + d2))
         self.target = nn.ModuleList(_network(dt, width, d_score) for _ in range(3))
 
@@ -108,9 +105,8 @@ def fit_infonce(
     "Train critics on one half of the samples and evaluate them on the other"
     z1, z2, t = (x.detach().float() for x in check_samples(("z1", "z2", "t"), z1, z2, t))
     n = len(z1)
-    for name, value, low in (("steps", steps, 1), ("batch", batch, 2), ("eval_batch", eval_batch, 2)):
-        if int(value) != value or value < low:
-            raise ValueError(f"{name}={value!r}: need an integer of at least {low}")
+    check_count("an integer of at least 1", 1, steps=steps)
+    check_count("an integer of at least 2", 2, batch=batch, eval_batch=eval_batch)
     if n < 40:
         raise ValueError(f"n={n} samples: training, stopping and held-out evaluation of critics need at least 40")
     generator = torch.Generator().manual_seed(seed)
@@ -133,8 +129,7 @@ def fit_infonce(
             optimiser.step()
             schedule.step()
             if step % every == 0 or step == steps:
-                values = _evaluate(critics, data, stop, eval_batch)[0].mean(0)
-                for k, value in enumerate(values.tolist()):
+                for k, value in enumerate(_evaluate(critics, data, stop, eval_batch)[0].mean(0).tolist()):
                     if value > best[k][0]:
                         best[k] = value, step, copy.deepcopy([parts[k].state_dict() for parts in heads])
     for k, (_, _, states) in enumerate(best):

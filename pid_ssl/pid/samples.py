@@ -15,8 +15,8 @@ from torch import Tensor
 from .base import PID, check_base, check_choice, check_samples, pid_from_union
 from .critics import fit_infonce
 from .gaussian import posterior_ratios
-from .information import coordinate_correlations, gaussian_mi_bias, gaussian_information, sample_covariance
-from .information import scalar_information
+from .information import (coordinate_correlations, gaussian_information, gaussian_mi_bias,
+                                     sample_covariance, scalar_information)
 from .quantised import count_pid, pid_codes, quantise
 
 # %% ../../nbs/pid/18_samples.ipynb #4a9de96c

@@ -50,8 +50,8 @@ def _lock(file, run_id):
     except BlockingIOError:
         file.seek(0)
         owner = file.read(200) or 'another process'
-        about = f'run {run_id} is being made by {owner}, which holds {file.name}'
-        raise RunLocked(f'{about}; wait for it or stop it') from None
+        raise RunLocked(f'run {run_id} is being made by {owner}, which holds {file.name}; '
+                        'wait for it or stop it') from None
     except OSError as e:
         warnings.warn(f'{file.name}: no locks on this file system ({e.strerror}); do not start run {run_id} twice')
         return False

@@ -33,7 +33,7 @@ COLOUR = Policy(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.
 
 @functools.cache
 def images():
-    """Smooth colour images with edges: photographs are not at hand everywhere."""
+    """Smooth colour images with edges: not every machine has photographs."""
     g = torch.Generator().manual_seed(0)
     x = torch.nn.functional.interpolate(
         torch.rand(64, 3, 6, 6, generator=g), size=(SIDE, SIDE), mode="bicubic", align_corners=False
@@ -103,7 +103,7 @@ def test_boxes_have_torchvisions_distribution(area):
 
 
 def test_the_comparison_of_boxes_can_fail():
-    """Boxes that are cut at the border where torchvision draws again are told apart."""
+    """Boxes that are cut at the border, where torchvision draws again, fail the comparison."""
     w, h, *_ = (v.round().int().numpy() for v in boxes(Policy(crop=(0.6, 1.0)), 20_000))
     theirs = torchvisions_boxes(20_000, (0.6, 1.0))
     assert same_histogram(w, theirs[0]) < 1e-4 and same_histogram(w * h, theirs[0] * theirs[1]) < 1e-4
@@ -123,7 +123,7 @@ def test_jitter_has_torchvisions_distribution():
     other = Policy(**{**COLOUR.__dict__, "hue": 0.15})
     c = torch.cat([jitter_colour(image.expand(2, -1, -1, -1), draw_colour(2, other, g)) for _ in range(n // 2)])
     assert min(stats.ks_2samp(of(c), of(b)).pvalue for of in colour_statistics().values()) < 1e-4, (
-        "half as much hue again is told apart"
+        "half as much hue again fails the comparison"
     )
 
 

@@ -1,5 +1,4 @@
 """The two ways in, papermill and the command line, as a user meets them."""
-import io
 import json
 import os
 import signal
@@ -13,9 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT
+from conftest import ROOT, random_images
 from papermill.cli import papermill
-from PIL import Image
 
 from pid_ssl.config import Config, as_arguments
 from pid_ssl.records import load_records
@@ -39,12 +37,8 @@ def datasets(tmp_path):
         folder = tmp_path / "datasets" / name
         folder.mkdir(parents=True)
         for split, n in (("train", 200), ("test", 40)):
-            blobs = []
-            for im in rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8):
-                buffer = io.BytesIO()
-                Image.fromarray(im).save(buffer, "PNG")
-                blobs.append({"bytes": buffer.getvalue(), "path": ""})
-            pq.write_table(pa.table({"img": blobs, "label": np.arange(n) % 4}), folder / f"{split}.parquet")
+            table = pa.table({"img": random_images(rng, n), "label": np.arange(n) % 4})
+            pq.write_table(table, folder / f"{split}.parquet")
     path = tmp_path / "datasets/cut/train.parquet"
     path.write_bytes(path.read_bytes()[:-500])
     (tmp_path / "datasets/empty").mkdir()

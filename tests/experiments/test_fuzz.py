@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from conftest import random_images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import load, save
 
 from pid_ssl.config import Config, ConfigError, from_dict, resolve
@@ -311,12 +311,7 @@ def parquet():
     out = {}
     (folder() / "mine").mkdir()
     for split, n in (("train", 40), ("test", 12)):
-        blobs = []
-        for im in rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8):
-            buffer = io.BytesIO()
-            Image.fromarray(im).save(buffer, "PNG")
-            blobs.append({"bytes": buffer.getvalue(), "path": ""})
-        out[split] = blobs, [i % 4 for i in range(n)]
+        out[split] = random_images(rng, n), [i % 4 for i in range(n)]
     return out
 
 

@@ -48,7 +48,7 @@ def make(name, d=12, **kwargs):
 
 
 def l_beta(beta, estimator="coordinate", shrinkage=0.01, **kwargs):
-    """The objective of the batch at hand: no running correlations."""
+    """The objective of one batch alone: no running correlations."""
     return PIDLoss(beta, estimator, shrinkage, covariance_momentum=0.0, **kwargs)
 
 

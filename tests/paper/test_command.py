@@ -11,6 +11,7 @@ from pid_ssl.__main__ import VERBS, main
 WRONG = {
     "pretrain": (["--loss", "lossx"], "loss: got 'lossx'; accepted: barlow"),
     "measure": (["--task", "classify"], "run: got ''; accepted: the id of a pretraining run"),
+    "audit": (["nowhere", "--images", "digits"], "nowhere"),
     "controlled": (["--arm", "clop"], "arm: got 'clop'; accepted: clip"),
     "sweep": (["nowhere.toml"], "nowhere.toml"),
     "reproduce": (["no_figure", "--plan"], "no_figure"),

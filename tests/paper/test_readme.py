@@ -52,7 +52,7 @@ def test_ci_runs_the_documented_test_command():
 
 
 def test_the_loop_learns(tmp_path):
-    loop, _ = re.findall(r"```python\n(.*?)```", README, re.S)
+    loop, *_ = re.findall(r"```python\n(.*?)```", README, re.S)
     said = run(loop, tmp_path)
     assert "'tau'" in said
     before, after = (float(x) for x in re.findall(r"5-NN .* (\d\.\d+)", said))
@@ -63,9 +63,16 @@ def test_the_loop_learns(tmp_path):
 
 
 def test_the_decomposition_is_right(tmp_path):
-    _, pid = re.findall(r"```python\n(.*?)```", README, re.S)
+    _, pid, _ = re.findall(r"```python\n(.*?)```", README, re.S)
     found = [float(x) for x in re.findall(r"tensor\(([\d.]+)", run(pid, tmp_path))]
     assert found == pytest.approx([1, 0.5], abs=1e-6)
+
+
+def test_the_audit_reads_any_encoder(tmp_path):
+    *_, audit = re.findall(r"```python\n(.*?)```", README, re.S)
+    given = "import torch\nencoder, images = torch.nn.Flatten(), torch.rand(60, 3, 8, 8)\n"
+    said = run(given + audit.replace("images)", "images, pairs=100)"), tmp_path)
+    assert re.search(r"possible +R +U1 +U2 +S", said) and "flip" in said
 
 
 def test_tables_are_the_figures():
