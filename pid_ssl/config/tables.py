@@ -150,6 +150,7 @@ class Loss:
 # %% ../../nbs/config/04_tables.ipynb #5f0c1a2e
 # whitening needs sub-batches of at least twice the dimension (Ermolov et al. 2021 use d = 64 on CIFAR)
 _WHITENED = By(32, 64, 64)
+_SHOWN = ('views', 'w_s')
 _PHASES = ('form', 'redundancy_phase', 'anneal')
 _TEACHER = ('target', 'ema_momentum')
 _RELATION = ('views', 'w_s', 'w_u', 'tells', 'head', 'relation_error', 'shuffled', 'conditioned', 'synergy_end')
@@ -164,14 +165,13 @@ LOSS_TABLE = {row.name: row for row in [
     Loss('pid', 'PID', '#ca9161', 'losses.target:PIDLoss', _PHASES,
          {'target': ('beta', 'estimator', 'shrinkage', 'decorrelation', 'reduction', 'covariance_momentum', 'phase_one',
                      *_TEACHER), 'relation': ('lambda_param', *_RELATION)},
-         'barlow', True, shown=('beta', 'estimator', 'views', 'w_s'), presets={'views': 4},
-         sizes={'dim': 'projector_dim'}),
+         'barlow', True, shown=('beta', 'estimator', *_SHOWN), presets={'views': 4}, sizes={'dim': 'projector_dim'}),
     Loss('pid_barlow', 'PID Barlow Twins', '#56b4e9', 'losses.target:PIDBarlowTwins', ('lambda_param', *_PHASES),
          {'target': ('w_t', 'kappa', 'tau', 'excess', *_TEACHER), 'relation': _RELATION}, 'barlow', True,
-         shown=('w_t', 'kappa', 'views', 'w_s')),
+         shown=('w_t', 'kappa', *_SHOWN)),
     Loss('pid_wmse', 'PID W-MSE', '#949494', 'losses.target:PIDWMSE', ('whitening_size', 'whitening_iters', *_PHASES),
-         {'target': ('w_t', 'w_r', *_TEACHER), 'relation': _RELATION}, 'wmse', True,
-         shown=('w_t', 'w_r', 'views', 'w_s'), presets={'projector_dim': _WHITENED, 'w_t': 1., 'w_s': 0.15}),
+         {'target': ('w_t', 'w_r', *_TEACHER), 'relation': _RELATION}, 'wmse', True, shown=('w_t', 'w_r', *_SHOWN),
+         presets={'projector_dim': _WHITENED, 'w_t': 1., 'w_s': 0.15}),
 ]}
 
 # %% ../../nbs/config/04_tables.ipynb #b999a47a
