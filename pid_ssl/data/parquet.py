@@ -143,7 +143,8 @@ class Shard:
 def _renumber(shard, first):
     # give labels the numbers that the first file gives to the names of the classes
     if shard.labelled != first.labelled:
-        raise DataError(f'{shard.path}: it has labels or {first.path} has, not both; accepted: labels in each file, or '
+        bare, other = sorted((shard, first), key=lambda s: s.labelled)
+        raise DataError(f'{bare.path}: no labels, and {other.path} has them; accepted: labels in each file, or '
                         'in none (labels none: those that are there are not read)')
     if shard.names and shard.labels.max() >= len(shard.names):
         raise DataError(f'{shard.path}: label {shard.labels.max()}, but {len(shard.names)} names of classes; '

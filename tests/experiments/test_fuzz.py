@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from conftest import random_images
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
@@ -327,6 +327,8 @@ value_change = st.tuples(st.sampled_from(["label", "bytes", "img", "column"]), s
 
 
 @examples(500, 60)
+@example("train", ("column", 1, None))
+@example("test", ("column", 1, None))
 @given(st.sampled_from(["train", "test"]), st.one_of(byte_change, value_change))
 def test_parquet(split, change):
     COUNTS["parquet"] += 1
