@@ -122,15 +122,14 @@ def tables(count, seed=0):
 
 def unsolved(count, seed=0, one_by_one=True):
     """(kind, gap in bits, table) of each that ends above the limit, and how many there were of each kind."""
-    from pid_ssl.pid.broja import solve_broja
+    from pid_ssl.pid import pid_discrete
 
     groups, seen, left = {}, Counter(), []
     for i, (kind, p) in enumerate(tables(count, seed)):
         seen[kind] += 1
         groups.setdefault(i if one_by_one else tuple(p.shape), []).append((kind, p))
     for group in groups.values():
-        p = torch.stack([p for _, p in group])
-        gaps = solve_broja(p.sum(2), p.sum(1)).gap / np.log(2)
+        gaps = pid_discrete(torch.stack([p for _, p in group]), base=2).gap
         left += [(kind, gap, p) for (kind, p), gap in zip(group, gaps.tolist()) if not gap <= LIMIT_BITS]
     return left, seen
 
