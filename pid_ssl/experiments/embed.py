@@ -75,9 +75,9 @@ def _part(encoder, views, stored, start, stop, about):
     return pa.table(columns | {'features': pa.FixedSizeListArray.from_arrays(flat, width)})
 
 def _join(parts, out, about):
-    # one file of the parts in their order
+    # one file of the parts in their order; until it is whole it lies among them, and goes with them after a kill
     import pyarrow.parquet as pq
-    tmp = out.with_name(f'{out.name}.tmp-{os.getpid()}')
+    tmp = parts[0].with_name('joined')
     schema = pq.read_schema(parts[0]).with_metadata({'pid_ssl': json.dumps(about)})
     with contextlib.closing(pq.ParquetWriter(tmp, schema)) as writer:
         for path in parts:
