@@ -22,6 +22,10 @@ def is_image(path: Path, # of a file
     return path.suffix.lower() in SUFFIXES
 
 # %% ../../nbs/data/33_files.ipynb #42e92ca6
+def _files(path):
+    # a file, or those in a folder
+    return walk(path) if os.path.isdir(path) else (path,)
+
 # in the singular and the plural
 _LEFT = (('file that is no image', 'files that are no image'), ('hidden image', 'hidden images'),
          ('image not in a class folder', 'images not in a class folder'))
@@ -31,6 +35,8 @@ def images_below(folder: Path, # to look into
     "The images of a folder, whatever its folders mean; raises `DataError` for what cannot be read."
     found, left = [], ([], [], [])
     for path in walk(folder):
+        if is_image(path) and not path.is_file():
+            raise DataError(f'{path}: a pipe, a device or a link to nothing; accepted: files')
         hidden = any(map(is_hidden, path.relative_to(folder).parts))
         (left[0] if not is_image(path) else left[1] if hidden else found).append(path)
     return found, left
@@ -143,7 +149,9 @@ def folder_source(name: str,    # of the dataset
     if held and not annotated:
         _, files['test'], labels['test'], more = read(held, classes)
         left = [a + b for a, b in zip(left, more)]
-    left[2].extend(p for p in listing(folder) if top != folder and is_image(p))
+    beside = listing(folder) if top != folder else []
+    left[1].extend(p for at in beside if is_hidden(at.name) for p in _files(at) if is_image(p))
+    left[2].extend(p for p in beside if is_image(p) and os.path.isfile(p) and not is_hidden(p.name))
     for paths, words in zip(left, _LEFT):
         if paths:
             warnings.warn(f'{folder}: {len(paths)} {words[len(paths) > 1]} skipped (such as {paths[0]})')

@@ -70,14 +70,27 @@ def check_class_numbers(labels: dict, # 'train' and 'test' -> (n,) integers; 'te
 # %% ../../nbs/data/32_images.ipynb #a1a88eae
 FORMATS = ('PNG', 'JPEG', 'BMP', 'PPM', 'WEBP', 'TIFF', 'GIF')
 
+def _tiff_bits(im):
+    # a channel's bits, as the tags say; where channels are stored apart, Pillow forgets bits, signs and that 0 is white
+    bits, kinds, colours, apart = (im.tag_v2.get(tag, default) for tag, default in _TAGS.items())
+    if max(bits) <= 8 and (set(kinds) - {1, 4} or apart == 2 and not colours):
+        raise ValueError(f'pixel format {im.mode}, with negative values, or with white as 0 and channels stored apart')
+    return max(bits)
+
+# bits of each channel, kind of number (1: unsigned, 4: not said), what values mean (0: white is 0), order (2: apart)
+_TAGS = {258: (1,), 339: (1,), 262: 1, 284: 1}
+
 def _largest(im):
     # the largest value that the file can store in a channel; Pillow's mode does not say it, its decoder is told it
+    if im.format == 'TIFF':
+        return 2**_tiff_bits(im) - 1
     told = str([tile.args for tile in im.tile])
     most, bits = re.search(r', (\d+)\)', told), re.search(r'(?<!BGR);(\d+)', told)
     if im.format == 'PPM' and most:
         return int(most[1])
     return 2**int(bits[1]) - 1 if bits else 2**32 if im.mode[0] in 'IF' else 255
 
+# %% ../../nbs/data/32_images.ipynb #a1a88eb0
 def upright(file: object,  # a path, or an open file
             exact: bool = False, # values are classes: fewer than 8 bits are refused too
            ) -> object:    # a Pillow image with its pixels

@@ -297,7 +297,7 @@ def _solve_each(p1, p2, tol, max_iter):
     "What `_solve_batch` gives, table by table"
     with np.errstate(all="ignore"):
         found = [_solve_table(u, v, tol, 4 * max_iter) for u, v in zip(p1.cpu().numpy(), p2.cpu().numpy())]
-    *arrays, steps = zip(*found)
+    *arrays, _, steps = zip(*found)
     return *(torch.as_tensor(np.stack(x)).to(p1) for x in arrays), max(steps)
 
 # %% ../../nbs/pid/14_broja.ipynb #4656e16d

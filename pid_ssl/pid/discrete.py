@@ -9,11 +9,13 @@ __all__ = ['MEASURES', 'discrete_information', 'pid_discrete']
 import math
 import warnings
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .base import PID, check_choice, check_pmf, pid_from_union
-from .broja import solve_broja
+from .broja import FEW_UNKNOWNS, SMALLEST, solve_broja
+from .table import TINY, _solve_table, _two_bits
 
 # %% ../../nbs/pid/15_discrete.ipynb #f11b9c8b
 def _plogp(p, dims):
@@ -30,10 +32,34 @@ def discrete_information(
     i2 = _plogp(p.sum(-3), (-1, -2)) - _plogp(p.sum((-1, -3)), -1) - t
     return i1, i2, _plogp(p, (-1, -2, -3)) - _plogp(p.sum(-1), (-1, -2)) - t
 
-# %% ../../nbs/pid/15_discrete.ipynb #cd15776e
+# %% ../../nbs/pid/15_discrete.ipynb #effc775d
 MEASURES = ("broja", "wb", "mmi")
 
 
+def _alone(p):
+    "Whether p is one small table that nobody asks a gradient of, for which tensors would be most of the work"
+    n1, n2, nt = p.shape[-3:]
+    small = (n1 + n2) * nt + n1 * n2 <= FEW_UNKNOWNS and p.numel() == n1 * n2 * nt
+    return small and p.device.type == "cpu" and not p.requires_grad
+
+
+def _one_table(p, tol):
+    "I(Z1;T), I(Z2;T), I(Z1,Z2;T), BROJA union information, its gap; None where a table needs the general way"
+    entropy = lambda x: -(x * np.log(np.maximum(x, TINY))).sum()
+    p1, p2, pt = p.sum(1), p.sum(0), p.sum((0, 1))
+    if any(((x > 0) & (x <= SMALLEST)).any() for x in (p1, p2)):
+        return None
+    t = entropy(pt)
+    i1, i2, i12 = (entropy(x.sum(-1)) + t - entropy(x) for x in (p1, p2, p))
+    gap = math.inf
+    if p.shape == (2, 2, 2):
+        value, gap = _two_bits(p1.tolist(), p2.tolist())
+    if not gap <= tol:
+        with np.errstate(all="ignore"):
+            *_, gap, value, _ = _solve_table(*sorted((p1, p2), key=len, reverse=True), tol, 240)
+    return [i1, i2, i12, value + t, max(gap, 0.0)] if gap <= tol else None
+
+# %% ../../nbs/pid/15_discrete.ipynb #cd15776e
 def _union_broja(p, tol):
     "BROJA union information in nats and its gap, `(...)` each"
     batch, (n1, n2, nt) = p.shape[:-3], p.shape[-3:]
@@ -59,6 +85,10 @@ def pid_discrete(
     "Decomposition of probability tables, batched on any device, in float64; `ValueError` for an invalid table"
     check_choice("measure", measure, MEASURES)
     p = check_pmf(pmf)
+    if measure == "broja" and _alone(p):
+        found = _one_table(p.detach().numpy().reshape(p.shape[-3:]), tol)
+        if found is not None:
+            return pid_from_union(*torch.tensor(found, dtype=p.dtype).view(5, *p.shape[:-3]), base=base)
     i1, i2, i12 = discrete_information(p)
     if measure == "broja":
         if not p.numel():  # an empty batch

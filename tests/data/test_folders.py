@@ -2,7 +2,9 @@
 import json
 import os
 import random
+import re
 import warnings
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -54,7 +56,7 @@ def test_hidden_folders_are_left_out_and_counted(tmp_path):
     folders(mine / "train/a", **{".ipynb_checkpoints": {"": 2}})
     folders(mine / "train", **{"@eaDir": {"": 3}})
     Image.fromarray(pictures(1)[0]).save(mine / "train/b/._0.png")
-    with pytest.warns(UserWarning, match="6 hidden images skipped"):
+    with pytest.warns(UserWarning, match="10 hidden images skipped"):
         assert sorted(counts(tmp_path)) == [[5, 4], [20, 20]]
 
 
@@ -131,35 +133,60 @@ def test_train_size_keeps_every_class(tmp_path):
 
 
 NAMES = ["train", "Test", "val", "dev", "a", "b", ".hidden", "__pycache__", "extra", "train.old", "x y", "é"]
+HIDDEN = (".hidden", "__pycache__", "._0.png")
 
 
+def tree(rng, mine, image):
+    """A tree of folders at random; the parts of the paths of its images."""
+    for _ in range(rng.randint(0, 24)):
+        at = mine.joinpath(*rng.choices(NAMES, k=rng.randint(0, 3)))
+        at.mkdir(parents=True, exist_ok=True)
+        name = rng.choice(["0.png", "1.PNG", "2.png", "._0.png", "notes.txt"])
+        if not (at / name).exists():
+            os.link(image, at / name)
+    return [p.relative_to(mine).parts for p in mine.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+
+
+def classes(there, split):
+    """How many images that nobody hid lie in each folder of a split; "" is the dataset's own folder."""
+    inside = [p[1:] if split else p for p in there if not split or p[0] == split]
+    return Counter(p[0] for p in inside if len(p) > 1 and not set(p) & set(HIDDEN))
+
+
+@pytest.mark.parametrize("labels", ["auto", "none"])
 @pytest.mark.parametrize("block", range(5))
-def test_odd_folders_end_in_the_right_count_or_a_clear_error(block, tmp_path):
-    """500 trees at random: as many images are read, warned of or in a split that is named as not read as there are."""
-    image = next(iter(pictures(1)))
-    Image.fromarray(image).save(tmp_path / "one.png")
+def test_odd_folders_end_in_the_right_count_or_a_clear_error(block, labels, tmp_path):
+    """500 trees at random: an image is read in its split and class, or counted by a warning, or its split is named."""
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "one.png")
     for seed in range(100 * block, 100 * block + 100):
-        rng, mine = random.Random(seed), tmp_path / f"{seed}/mine"
+        mine = tmp_path / f"{seed}/mine"
         mine.mkdir(parents=True)
-        for _ in range(rng.randint(0, 24)):
-            at = mine.joinpath(*rng.choices(NAMES, k=rng.randint(0, 3)))
-            at.mkdir(parents=True, exist_ok=True)
-            name = rng.choice(["0.png", "1.PNG", "2.png", "._0.png", "notes.txt"])
-            if not (at / name).exists():
-                os.link(tmp_path / "one.png", at / name)
+        there = tree(random.Random(seed), mine, tmp_path / "one.png")
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
-                source = open_source("mine", str(tmp_path / str(seed)))
+                source = open_source("mine", str(tmp_path / str(seed)), labels=labels)
             except DataError as e:
                 assert "; accepted: " in str(e)
                 continue
-        read = sum(len(y) for y in source.labels.values() if y is not None)
         words = [str(w.message) for w in said]
-        images = [w for w in words if "hidden image" in w or "not in a class folder" in w]
-        left = sum(int(w.split(": ")[1].split()[0]) for w in images)
+        left = sum(int(n) for w in words for n in re.findall(r": (\d+) (?:hidden images?|images? not in a)", w))
         unread = [w.split(": ")[0] for w in words if "not read beside" in w]
-        there = [p for p in mine.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-        tops = [p.relative_to(mine).parts[0] for p in there]
-        away = sum(top in (".hidden", "__pycache__") or str(mine / top) in unread for top in tops)
-        assert read > 0 and read + left + away >= len(there), (seed, words)
+        away = sum(str(mine / parts[0]) in unread for parts in there)
+        read = {split: y for split, y in source.labels.items() if y is not None}
+        assert sum(map(len, read.values())) + left + away == len(there), (seed, words)
+        tops = {p[0] for p in there}
+        stored = {"train": "train" if "train" in tops else "", "test": next(iter({"Test", "val", "dev"} & tops), "")}
+        stored["test"] = "Test" if "Test" in tops else stored["test"]
+        for split, y in read.items() if source.labelled else ():
+            assert Counter(source.names[i] for i in y) == classes(there, stored[split]), (seed, split)
+
+
+def test_what_no_file_is_behind_stops(tmp_path):
+    mine = folders(tmp_path / "mine", train=TWO)
+    for name, make in (("gone.png", lambda p: p.symlink_to("nowhere")), ("pipe.png", os.mkfifo)):
+        make(mine / "train/a" / name)
+        with pytest.raises(DataError, match=f"train/a/{name}: a pipe, a device or a link to nothing; accepted: files"):
+            counts(tmp_path)
+        (mine / "train/a" / name).unlink()
+    assert [20, 20] in counts(tmp_path)

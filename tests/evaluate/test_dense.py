@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, jaccard_score
 
@@ -208,6 +209,8 @@ BROKEN_DETECTION = {
     "box of no area": (lambda r: corner(2, r["boxes"][0][0])(r), "row 3: box"),
     "box not a number": (corner(1, float("nan")), "row 3: box"),
     "three numbers": (lambda r: r["boxes"][0].pop(), "row 3: boxes or labels cannot be read"),
+    "boxes in shares of a side": (lambda r: r.update(boxes=[[0.1, 0.2, 0.5, 1.0]] * len(r["labels"])),
+                                  "row 3: boxes within one pixel, .*; accepted: pixels, not shares of a side"),
     "size": (lambda r: r.update(height=47), "row 3: width and height are 64x47, the image is 64x48"),
 }
 BROKEN = {what: (load_segmentation, *row) for what, row in BROKEN_SEGMENTATION.items()}
@@ -246,6 +249,27 @@ def test_a_broken_folder_is_named(read, folder, tmp_path):
     write_dense(at / "train.parquet", [{"img": r["img"], "width": 64} for r in rows["train"]])
     with pytest.raises(DataError, match="train.parquet: .*(mask|boxes)"):
         read("digit-scenes", tmp_path)
+
+
+def lying(cell, turn):
+    """An image or a mask as a camera stores it that was held on its side: turned, and marked to be turned back."""
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 8 if turn > 0 else 6
+    Image.open(io.BytesIO(cell["bytes"])).rotate(-90 * turn, expand=True).save(out, "PNG", exif=exif)
+    return {"bytes": out.getvalue(), "path": cell["path"]}
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+@pytest.mark.parametrize("read", [load_segmentation, load_detection])
+def test_boxes_and_masks_lie_on_images_that_were_stored_on_their_side(read, turn, folder, tmp_path):
+    for split in ("train", "val", "test"):
+        rows = pq.read_table(folder / "digit-scenes" / f"{split}.parquet").to_pylist()
+        turned = [{**r, "img": lying(r["img"], turn), "mask": lying(r["mask"], turn)} for r in rows]
+        write_dense(tmp_path / "digit-scenes" / f"{split}.parquet", turned)
+    ours, theirs = read("digit-scenes", tmp_path), read("digit-scenes", folder)
+    for split in ("train", "val", "test"):
+        assert torch.equal(ours.images[split], theirs.images[split])
+        assert all(torch.equal(a, b) for a, b in zip(ours.labels[split], theirs.labels[split]))
 
 
 def test_a_split_without_boxes_is_an_error(folder, tmp_path):

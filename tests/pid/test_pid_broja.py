@@ -6,7 +6,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "harness"))
-from broja_harness import KINDS, tables, unsolved  # noqa: E402
+from broja_harness import KINDS, compared, summary, tables  # noqa: E402
 
 from pid_ssl.pid import pid_discrete  # noqa: E402
 from pid_ssl.pid.broja import _solve_batch, _solve_each  # noqa: E402
@@ -15,9 +15,18 @@ from pid_ssl.pid.broja import _solve_batch, _solve_each  # noqa: E402
 @pytest.mark.parametrize("one_by_one", [True, False])
 def test_no_generated_table_is_left_unsolved(one_by_one):
     "400 of the 100,000 of tests/harness/broja_harness.py"
-    left, seen = unsolved(400, 3, one_by_one)
-    assert not left, left[0]
-    assert set(seen.values()) == {400 // len(KINDS)}
+    found = summary(400, 3, one_by_one)
+    assert {row["tables"] for row in found.values()} == {400 // len(KINDS)} and len(found) == len(KINDS)
+    assert not any(row["above"] for row in found.values())
+
+
+def test_a_solver_that_shares_nothing_with_ours_agrees():
+    "100 of the 2,500 of tests/harness/broja_harness.py"
+    pytest.importorskip("clarabel")
+    found = compared(100, 3).values()
+    assert max(row["largest_difference_bits"] for row in found) <= 1e-6
+    unsolved = [left["tables"] for row in found for left in row["unsolved"].values()]
+    assert sum(unsolved) <= 30
 
 
 def test_the_two_ways_agree():
