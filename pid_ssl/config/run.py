@@ -39,6 +39,8 @@ class _Run(Checked):
                            choices=('test', 'val'))
     encoder: str = setting(None, 'backbone', choices=('small', 'resnet18', 'resnet50'), group='Model')
     width: int = setting(None, "channels of the small encoder's first stage", lo=4, hi=512)
+    init: str = setting(None, 'weights that the encoder starts from: the id of a run, the folder that a run exports, a '
+                        'safetensors file, or weights that come with the package; default random ones of the seed')
     projector_hidden: int = setting(None, "width of the projector's hidden layers", lo=2, hi=65_536)
     projector_dim: int = setting(None, 'width d of the embedding z', lo=2, hi=65_536)
     projector_layers: int = setting(None, 'linear layers of the projector', lo=1, hi=5)

@@ -302,7 +302,8 @@ def command(argv: list | None = None, # default the process's arguments
     "`pid_ssl audit`: print the table, write record and picture; raises what `audit` raises."
     parser = argparse.ArgumentParser('pid_ssl audit', description='Audit encoders on the images of a dataset.')
     parser.add_argument('encoders', nargs='+', metavar='ENCODER',
-                        help='one or two: the checkpoint folder of a run, timm:MODEL or torchvision:MODEL')
+                        help='one or two: the checkpoint folder of a run, pid_cifar10 or '
+                        'barlow_cifar10 (they come with the package), timm:MODEL or torchvision:MODEL')
     parser.add_argument('--images', help='name of a dataset; default that of the run')
     parser.add_argument('--policy', help=f"of the views: {', '.join(POLICIES)}; default the dataset's")
     parser.add_argument('--size', type=int, help='pixels a side; default as in the run, or as stored')

@@ -15,9 +15,10 @@ from ..data import Dataset, ViewMaker
 from ..evaluate import calibrate_batchnorm, evaluate_encoder, extract_features, pid_audit, raw_pixels
 from ..evaluate.spectrum import rankme
 from ..records import (PRETRAINING, CheckpointError, RunLocked, RunRecord, StopSignals, StorageError,
-    checkpoint_folder, load_checkpoint, lock_run, other_data, remove_checkpoint, run_id, save_checkpoint)
+    checkpoint_folder, load_checkpoint, lock_run, other_data, other_lengths, remove_checkpoint, run_id, save_checkpoint)
 from .collapse import LOOK, collapsed, spectrum, untrained_spectrum
 from .experiment import Experiment, warn_unread
+from .init import Start, start_from
 from .processes import Processes, check_processes, join_processes, leave_when_stuck
 from .resume import checkpoints, load_state, save_state
 from .sets import probe_set, training_set
@@ -93,12 +94,13 @@ class _Run:
                  dataset: Dataset,       # splits on the CPU
                  group: Processes,       # that share it
                  stop: StopSignals,      # entered
+                 start: Start,           # of the encoder
                 ):
         self.experiment, self.dataset, self.group, self.stop = experiment, dataset, group, stop
         self.config, self.record = experiment.config, experiment.record
         self.folder = checkpoint_folder(self.config, self.record.run_id)
         experiment.start, self.seconds = time.perf_counter(), 0.  # of training alone
-        self.state = Pretraining(self.config, dataset, experiment.device, group)
+        self.state = Pretraining(self.config, dataset, experiment.device, group, start.weights)
 
     def where(self) -> str:
         "How far it has come."
@@ -132,6 +134,7 @@ class _Run:
         if self.group.first:
             about = [f'{config.loss} on {self.dataset.note}', f'{len(state.images)} images', f'{config.epochs} epochs',
                      f'seed {config.seed}', state.device]
+            about += [f'from the encoder {config.init}']*bool(config.init)
             about += [f'{self.group.size} processes']*(self.group.size > 1) + [f'resumed {self.where()}']*resumed
             print(f"run {self.record.run_id}: {', '.join(about)}", flush=True)
 
@@ -245,6 +248,8 @@ def _find_or_hold(experiment, dataset_hash, held):
     if record is None:
         if strange := other_data(config, dataset_hash):
             warnings.warn(strange)
+        if other := other_lengths(config, dataset_hash):
+            print(f'note: {other}')
         held.enter_context(lock_run(config, experiment.record.run_id))
         record = experiment.finished()  # by the process that held the lock until now
     if record is not None:
@@ -252,8 +257,9 @@ def _find_or_hold(experiment, dataset_hash, held):
     return record
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #899d8f25
-def _pretrain(config, asked, device, watch):
+def _pretrain(config, asked, device, watch, start):
     dataset, config = training_set(config, asked)
+    start.check(config, dataset.images['train'].shape[1])
     probe = probe_set(config, dataset)
     other = probe.content_hash if config.probe_dataset else ''
     content, record = dataset.content_hash, None
@@ -267,7 +273,7 @@ def _pretrain(config, asked, device, watch):
                     record = _find_or_hold(experiment, content, held)
             if group.largest(record is not None):
                 return record
-        run = _Run(experiment, dataset, group, stop)
+        run = _Run(experiment, dataset, group, stop, start)
         run.resume()
         try:
             _train(run, watch)
@@ -285,6 +291,8 @@ def _pretrain(config, asked, device, watch):
             run.record.provenance['raw_pixels'] = 'not measured: too many values'
         if other:
             run.record.provenance |= dict(probe_hash=other, probe_note=probe.note)
+        if start.name:
+            run.record.provenance['init'] = start.about
         return _finish(run, trained)
 
 def pretrain(config: Config,                # validated
@@ -295,11 +303,13 @@ def pretrain(config: Config,                # validated
     `ProcessLost` (another process of this run ended) during it."""
     device = device_class(config)
     warn_unread(PRETRAINING, config, unread(config))
-    asked, config = config, resolve(config, device)
+    start = start_from(config)
+    asked = start.fill(config)
+    config = resolve(asked, device)
     check_processes(config, device)
     torch.set_num_threads(config.threads or default_threads())
     with _algorithms(config.deterministic):
-        return _pretrain(config, asked, device, watch)
+        return _pretrain(config, asked, device, watch, start)
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #68812c4f
 def parse_args(argv: list | None = None, # default the process's arguments

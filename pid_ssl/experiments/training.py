@@ -266,11 +266,14 @@ class Pretraining(_Epochs):
                  dataset: Dataset, # splits on the CPU
                  device: str,      # 'cpu', 'cuda' or 'mps'
                  group: Processes = Processes(), # that share each batch
+                 weights: dict | None = None, # of the encoder, to start from
                 ):
         self.config, self.device, self.group = config, device, group
         self.batch_source = Batches(dataset.pretraining, device, config.images_on)
         self.images = self.batch_source.images
         embed, self.channels = build_embed(config, dataset), self.images.shape[1]
+        if weights:
+            embed[0].load_state_dict(weights)
         features = head_features(embed[0], config, self.channels)
         self.loss = group.prepare(build_loss(config, features, self.channels)).to(device)
         self.embed = group.prepare(embed, device).to(device, memory_format=torch.channels_last)

@@ -68,7 +68,8 @@ def records_page(data: str | Path, # folder with runs, downstream, controlled
     settings = [r.config | {'form': value_of(from_dict(r.config), 'form') if r.config['loss'] in PID_LOSSES else '',
                             'setting': digest(without_seed(r))} for r in load_records(data/'runs')]
     measured = [r['config'] | {'pretrained on': 'nothing'} | _encoder(r) for r in read('downstream')]
-    files = [p for pattern in ('*.csv', '*.toml', 'benchmarks/*.json') for p in sorted(data.glob(pattern))]
+    others = '*.csv', '*.toml', 'benchmarks/*.json', 'weights/*/*'
+    files = [p for pattern in others for p in sorted(data.glob(pattern))]
     counted = lambda v: ', '.join(f'{k} ({n})' for k, n in v.value_counts(sort=False).sort_index().items())
     parts = [HEAD, _index(table(settings), ['dataset', 'preset', 'eval_on', 'loss', 'form'], epochs=('epochs', listed),
                           settings=('setting', 'nunique'), seeds=('seed', listed), records=('seed', 'size')),

@@ -15,6 +15,7 @@ from ..data import ViewMaker
 from ..evaluate import extract_features, knn_accuracy
 from . import plot_run, plotting
 from ..experiments.collapse import collapsed
+from ..experiments.init import start_from
 from ..experiments.sets import training_set
 
 # %% ../../nbs/figures/88_page.ipynb #b80a0006
@@ -24,6 +25,7 @@ class Watch:
                  config: Config, # of the run
                  most: int = 2000, # labelled images that the probe learns from, and is asked about
                 ):
+        config = start_from(config).fill(config)
         self.config = c = resolve(config)
         self.probe, self.place, self.drawn = {}, None, 0.
         data, self.config = training_set(c, config)

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['RESNET_STAGES', 'SmallResNet', 'build_encoder', 'feature_maps', 'build_projector', 'ConditionedProjector',
-           'EMATeacher', 'load_encoder']
+           'EMATeacher', 'load_encoder', 'exported']
 
 # %% ../../nbs/models/40_models.ipynb #3f8869b9
 import copy
 from pathlib import Path
 import torch
 from torch import nn
-from ..records import CheckpointError, load_checkpoint
 from ..config import ConfigError, check_knob
+from ..data import load_dataset
+from .weights import WEIGHTS, weights_folder
+from ..records import CheckpointError, load_checkpoint
 
 # %% ../../nbs/models/40_models.ipynb #d076dc0f
 class SmallResNet(nn.Module):
@@ -152,9 +154,10 @@ class EMATeacher(nn.Module):
         return self.module(x)
 
 # %% ../../nbs/models/40_models.ipynb #342ee1f1
-def load_encoder(folder: str | Path, # checkpoint of a run, such as `data/checkpoints/<run_id>/final`
+def load_encoder(folder: str | Path, # checkpoint of a run, such as `data/checkpoints/<run_id>/final`, or in `WEIGHTS`
                 ) -> tuple:          # encoder in evaluation mode, the run's config as a dict
     "The encoder of a checkpoint; raises `CheckpointError` naming the file when it is damaged or of another model."
+    folder = weights_folder(folder)
     tensors, header = load_checkpoint(folder)
     at, config, weights = Path(folder)/'header.json', header.get('config'), tensors.get('encoder')
     wanted = {'encoder': str, 'image_size': int, 'width': int}
@@ -169,3 +172,18 @@ def load_encoder(folder: str | Path, # checkpoint of a run, such as `data/checkp
         raise CheckpointError(f"{at}: encoder.safetensors does not fit {config['encoder']!r} of that config "
                               f'({str(e).splitlines()[0]})') from None
     return encoder.eval(), config
+
+# %% ../../nbs/models/40_models.ipynb #6538e06b
+def exported(folder: str | Path,          # checkpoint of a run, or a copy, or a name in `WEIGHTS`
+             data_dir: str | None = None, # of the dataset, where the checkpoint does not say mean and std
+            ) -> tuple: # encoder in evaluation mode; mean, std, image_size, channels, encoder, sha256
+    "An encoder and its preprocessing; raises `CheckpointError`, and `DataError` where an older one needs its dataset."
+    encoder, config = load_encoder(folder)
+    header = load_checkpoint(weights_folder(folder))[1]
+    first = next(p for p in encoder.parameters() if p.ndim == 4)
+    if 'mean' not in header:
+        names = 'dataset', 'image_size', 'train_size'
+        data = load_dataset(*map(config.get, names), data_dir, labels=config.get('labels') or 'auto')
+        header |= dict(mean=data.mean.tolist(), std=data.std.tolist())
+    return encoder, dict(encoder=config['encoder'], image_size=config['image_size'], channels=first.shape[1],
+                         mean=header['mean'], std=header['std'], sha256=header['sha256']['encoder.safetensors'])

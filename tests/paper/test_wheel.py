@@ -19,7 +19,7 @@ def wheel(tmp_path_factory):
     source = folder / "source"
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     for f in listed.stdout.split("\n")[:-1]:  # a copy, so that no build folder is left in the project
-        if f.startswith(("pid_ssl/", "pyproject", "README", "LICENSE", "settings")):
+        if f.startswith(("pid_ssl/", "data/weights/", "pyproject", "README", "LICENSE", "settings")):
             (source / f).parent.mkdir(parents=True, exist_ok=True)
             (source / f).write_bytes((ROOT / f).read_bytes())
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source)]
@@ -32,6 +32,9 @@ def test_contents(wheel):
     with zipfile.ZipFile(wheel) as z:
         names = [n for n in z.namelist() if ".dist-info" not in n]
         (entry,) = [z.read(n).decode() for n in z.namelist() if n.endswith("entry_points.txt")]
+    weights = {n.split(".data/data/share/")[1] for n in names if ".data/data/share/" in n}
+    assert weights == {f"pid_ssl/weights/{p.relative_to(p.parents[1])}" for p in (ROOT / "data/weights").glob("*/*")}
+    names = [n for n in names if ".data/" not in n]
     assert {n.split("/")[0] for n in names} == {"pid_ssl"}
     assert set(names) == {p.relative_to(ROOT).as_posix() for p in (ROOT / "pid_ssl").rglob("*.py")}
     assert {n.split("/")[1] for n in names if n.count("/") > 1} >= {"config", "pid", "losses", "figures", "paper"}
@@ -55,6 +58,15 @@ except ImportError as e:
 else:
     raise AssertionError('matplotlib should not be there')
 """
+
+
+def test_weights_are_found_beside_an_installed_package(wheel, tmp_path):
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", f"{tmp_path}/site", str(wheel)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    code = "from pid_ssl.models.weights import weights_folder as f; print(f('pid_cifar10'))"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert out.stdout.strip() == str(tmp_path / "site/share/pid_ssl/weights/pid_cifar10"), out.stderr
 
 
 def test_imports_without_the_notebook_tools(wheel, tmp_path):
