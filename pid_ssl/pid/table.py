@@ -150,7 +150,8 @@ def _solve_table(p1, p2, tol, max_iter):
         target = max(sigma * mu, 0.3 * tol) * omega - ws - np.minimum(np.maximum(dw * ds, -ws), ws)
         dy, dw, ds = newton.solve(*residuals, target)
         furthest = 3 / np.maximum(np.maximum.reduce(np.abs(dy[f.u] + dy[f.v])), TINY)
-        size = min(1, 0.95 * _longest(w, dw), 0.95 * _longest(s, ds), furthest)
+        near = min(0.9999, max(0.99, 1 - mu))  # of the way to the boundary: all but all of it towards the end
+        size = min(1, near * _longest(w, dw), near * _longest(s, ds), furthest)
         y, w, s = y + size * dy, w + size * dw, s + size * ds
         g, r = table.softmax(y)
     gap, upper, entries, y = best
