@@ -21,7 +21,7 @@ def _between(theta1, theta2):
     inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2)/(a*d - b*c)[:, None, None]
     between = inverse @ (theta2 - torch.cat([torch.zeros_like(theta1[:, :, :2]), theta1[:, :, 2:]], 2))
     matrix = between[:, :, :2]
-    flip = torch.linalg.det(matrix) < 0
+    flip = matrix[:, 0, 0]*matrix[:, 1, 1] < matrix[:, 0, 1]*matrix[:, 1, 0]
     mirror = torch.where(flip, -1., 1.).to(matrix.dtype)
     return between[:, :, 2], torch.stack([matrix[:, :, 0]*mirror[:, None], matrix[:, :, 1]], 2), flip
 
@@ -47,7 +47,8 @@ def relation(omega1: dict,    # what was drawn for view 1, as `draw_view` tells 
     theta = omega1['theta']
     out = _geometry(theta, omega2['theta'], policy)
     def values(name, neutral):
-        return [omega.get(name, torch.full_like(theta[:, 0, 0], neutral)).to(theta.dtype) for omega in (omega1, omega2)]
+        missing = torch.full((), neutral, dtype=theta.dtype, device=theta.device).expand(len(theta))
+        return [omega.get(name, missing).to(theta.dtype) for omega in (omega1, omega2)]
     drawn = {*omega1, *omega2}
     for name, neutral in (('brightness', 1.), ('contrast', 1.), ('saturation', 1.), ('hue', 0.), ('blur', 0.),
                           ('gray', 0.), ('solarize', 0.)):
@@ -84,7 +85,8 @@ def told(omega1: dict,             # what was drawn for view 1
         return relation(omega1, omega2, policy)
     if tells == 'own':
         return own(omega1, policy)
-    each = {f'view{i}_{k}': v for i, omega in enumerate((omega1, omega2), 1) for k, v in own(omega, policy).items()}
+    both = own({k: torch.cat([v, omega2[k]]) for k, v in omega1.items()}, policy)
+    each = {f'view{i + 1}_{k}': v.chunk(2)[i] for i in range(2) for k, v in both.items()}
     return each | relation(omega1, omega2, policy)
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'Difference', 'difference', 'holm', 'Registration', 'read_
            'arm_values', 'comparison_table', 'plot_comparison', 'comparison_caption']
 
 # %% ../../nbs/figures/88_comparisons.ipynb #fe641ea9
-import tomllib
+import math, tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -69,6 +69,7 @@ class Registration:
     seeds: list    # of every arm
     shared: dict = field(default_factory=dict) # fields of all arms
     transfer: list = field(default_factory=list) # datasets whose mean linear accuracy is the measure `transfer`
+    further: dict = field(default_factory=dict) # name of a measure -> task and metric
     chosen_by: list = field(default_factory=list) # ids of validation runs
     note: str = '' # what else a reader has to know
 
@@ -130,7 +131,7 @@ def arm_values(register: Registration, # of `read_register`
                records: list, # of `RunRecord`, of runs and of what was measured of their encoders
               ) -> dict:      # (arm, measure) -> {seed: percent}
     "What the runs of each arm reached."
-    out, moved = {}, _transfers(records)
+    out, moved, further = {}, _transfers(records), _further(register, records)
     for arm, runs in arm_runs(register, records).items():
         data = frame(list(runs.values()))
         for row in data.to_dict('records'):
@@ -139,6 +140,7 @@ def arm_values(register: Registration, # of `read_register`
             if found and len(found) == len(register.transfer):
                 there |= {'transfer': np.mean(list(found.values()))}
                 there |= {f'to {SHORT.get(d, d)}': v for d, v in found.items()}
+            there |= {m: further[row['run_id'], m] for m in register.further if (row['run_id'], m) in further}
             for measure, value in there.items():
                 out.setdefault((arm, measure), {})[row['seed']] = float(value)
     return out
@@ -147,6 +149,16 @@ def _transfers(records):
     "Linear accuracy by run and dataset."
     moved = [r for r in records if r.config.get('task') == 'transfer' and r.config['weights'] == 'pretrained']
     return {(r.config['run'], r.config['dataset']): r.metrics[f"{r.config['eval_on']}_{ACCURACIES[0]}"] for r in moved}
+
+def _further(register, records):
+    "Other measures of the encoders by run and name."
+    out = {}
+    for r in [r for r in records if r.config.get('weights') == 'pretrained']:
+        for name, (task, metric) in register.further.items():
+            value = r.metrics.get(f"{r.config['eval_on']}_{metric}")
+            if r.config['task'] == task and value is not None:
+                out[r.config['run'], name] = value
+    return out
 
 # %% ../../nbs/figures/88_comparisons.ipynb #7d1f0a13
 COLUMNS = ('ours', 'baseline', 'measure', 'family', 'seeds', 'mean of ours', 'of the baseline', 'difference',
@@ -179,8 +191,10 @@ def plot_comparison(register: Registration, # of `read_register`
     "A panel a pair: differences by measure, a small dot a seed, the mean with its 95 % interval from three seeds on."
     values, (_, _, pd) = arm_values(register, records), plotting()
     measures = list(dict.fromkeys([*register.primary, *(m for _, m in values)]))
-    fig, axes = panels(1, len(register.compare), 0.9 + 0.2*len(measures), sharex=True, sharey=True, squeeze=False)
-    for ax, pair in zip(axes[0], register.compare):
+    columns = len(register.compare) if len(register.compare) < 5 else 3
+    rows = math.ceil(len(register.compare)/columns)
+    fig, axes = panels(rows, columns, rows*(0.9 + 0.2*len(measures)), sharex=True, sharey=True, squeeze=False)
+    for ax, pair in zip(axes.flat, register.compare):
         for y, m in enumerate(measures):
             ours, baseline = (pd.Series(values.get((arm, m), {}), dtype=float) for arm in pair)
             d = (ours - baseline).dropna()

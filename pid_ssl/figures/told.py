@@ -15,7 +15,7 @@ from ..records import RunRecord
 # %% ../../nbs/figures/85_told.ipynb #85701d06
 def plot_weight(records: list, # of pid that differ in w_s, and of Barlow Twins
                ):              # matplotlib Figure
-    "Accuracy on validation images by weight of the relation; weight 0 is Barlow Twins with as many views."
+    "Accuracy by weight of the relation; weight 0 is Barlow Twins with as many views."
     data = frame(records)
     places = {w: i for i, w in enumerate(sorted({0., *data.w_s[data.loss == 'pid']}))}
     at = data.w_s.where(data.loss == 'pid', 0.).map(places)
@@ -58,12 +58,15 @@ def plot_told(records: list, # of losses with a relation
 # %% ../../nbs/figures/85_told.ipynb #85701d0c
 def cost_table(speed: dict, # relation_speed
               ):            # pandas DataFrame of text
-    "Processor time of a training step, and how much more than that of the baseline."
+    "Processor time and memory of a training step, and how much more than those of the baseline."
     rows, step = [], {r['loss']: r for r in speed['rows']}
+    more = lambda a, b: f'{100*(a/b - 1):+.1f} %'
     for ours, plain in (('pid_barlow', 'barlow'), ('pid', 'barlow, 4 views'), ('pid_wmse', 'wmse')):
         a, b = (1e3*step[k]['s_per_step'] for k in (ours, plain))
+        c, d = (step[k]['peak_memory_bytes']/1e6 for k in (ours, plain))
         rows.append({'loss': LOSS_TABLE[ours].title, 'views': str(step[ours]['views']), 'ms a step': f'{a:.0f}',
-                     'of its baseline': f'{b:.0f}', 'more': f'{100*(a/b - 1):+.1f} %'})
+                     'of its baseline': f'{b:.0f}', 'more': more(a, b), 'peak MB': f'{c:,.0f}',
+                     'peak of its baseline': f'{d:,.0f}', 'more memory': more(c, d)})
     return table(rows)
 
 def gpu_speed_table(speed: dict, # gpu_speed

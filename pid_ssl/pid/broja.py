@@ -95,19 +95,19 @@ class _Newton:
         aa, bb = block.sum(3), block.sum(1).transpose(1, 2)
         diag_a = torch.diagonal(aa, dim1=-2, dim2=-1)
         diag_a.copy_(torch.where(m1, diag_a * (1 + 1e-14), 1))
-        self.root_a = torch.linalg.cholesky_ex(aa)[0]
-        self.x = torch.linalg.solve_triangular(self.root_a, block.reshape(B, n1, nt, n2 * nt), upper=False)
-        self.x_flat = self.x.reshape(B, n1 * nt, n2 * nt)
+        root_a, unit = torch.linalg.cholesky_ex(aa)[0], torch.eye(nt, dtype=aa.dtype, device=aa.device)
+        self.inverse_a = torch.linalg.solve_triangular(root_a, unit.expand_as(aa), upper=False)
+        self.x = torch.linalg.solve_triangular(root_a, block.view(B, n1, nt, -1), upper=False).reshape(B, n1 * nt, -1)
         diag_b = torch.diagonal(bb, dim1=-2, dim2=-1)
         diag_b.copy_(torch.where(m2, diag_b * (1 + 1e-14 + pin), 1))  # pin one b for each t; no variable where p2 = 0
         schur = r.new_zeros(B, n2 * nt, n2 * nt)
         torch.diagonal(schur.view(B, n2, nt, n2, nt), dim1=1, dim2=3).copy_(bb.permute(0, 2, 3, 1))
-        schur.baddbmm_(self.x_flat.mT, self.x_flat, alpha=-1)
+        schur.baddbmm_(self.x.mT, self.x, alpha=-1)
         self.root_b = torch.linalg.cholesky_ex(schur)[0]
 
-    def solve(self, rhs_a, rhs_b):
+    def solve(self, rhs_a, rhs_b, last=True):
         da, db = self._solve(rhs_a, rhs_b)
-        if not self.refine:
+        if not (self.refine and last):
             return da, db
         du = _pair(da, db) * self.r
         du = du * self.w.unsqueeze(-1) + self.r * (self.k * du.sum(-1)).unsqueeze(-1)
@@ -115,12 +115,10 @@ class _Newton:
         return da + ra, db + rb
 
     def _solve(self, rhs_a, rhs_b):
-        B, n2, nt = rhs_b.shape
-        y = torch.linalg.solve_triangular(self.root_a, rhs_a.unsqueeze(-1), upper=False)
-        rhs = rhs_b.reshape(B, -1, 1) - self.x_flat.mT @ y.reshape(B, -1, 1)
-        db = torch.cholesky_solve(rhs, self.root_b)
-        da = torch.linalg.solve_triangular(self.root_a.mT, y - self.x @ db.unsqueeze(1), upper=True).squeeze(-1)
-        return da * self.m1, db.view(B, n2, nt) * self.m2
+        y = (self.inverse_a * rhs_a.unsqueeze(-2)).sum(-1)  # small blocks: sums take less time than calls for each
+        db = torch.cholesky_solve(rhs_b.flatten(1).unsqueeze(-1) - self.x.mT @ y.view(len(y), -1, 1), self.root_b)
+        y = y - (self.x @ db).view_as(y)
+        return (self.inverse_a * y.unsqueeze(-1)).sum(-2) * self.m1, db.view_as(rhs_b) * self.m2
 
 # %% ../../nbs/pid/14_broja.ipynb #703cba98
 class _Woodbury:
@@ -169,7 +167,7 @@ class _Wide(_Woodbury):
         y = y - (self.joint @ torch.linalg.lu_solve(*self.root, self.weight * cells).unsqueeze(1)).squeeze(-1)
         return y[..., :n1].transpose(1, 2) * self.m1, y[..., n1:].transpose(1, 2) * self.m2
 
-    def solve(self, rhs_a, rhs_b, tol=1e-9, max_iter=30):
+    def solve(self, rhs_a, rhs_b, last=True, tol=1e-9, max_iter=30):
         def dot(x, y):
             return sum((a * b).sum((-1, -2)) for a, b in zip(x, y))
         def move(x, size, y):
@@ -241,11 +239,11 @@ class _Batch:
         self.res_g = torch.where(self.cell, self.g + self.s, 0)
 
 # %% ../../nbs/pid/14_broja.ipynb #411a1547
-def _direction(batch, newton, target):
+def _direction(batch, newton, target, last=True):
     "Newton's step towards products w s that change by `target`"
     w, s, r, cell, res_g = batch.w, batch.s, batch.r, batch.cell, batch.res_g
     v = torch.where(cell, (target + w * res_g) / s, 0).unsqueeze(-1) * r
-    da, db = newton.solve(batch.res1 - v.sum(2), batch.res2 - v.sum(1))
+    da, db = newton.solve(batch.res1 - v.sum(2), batch.res2 - v.sum(1), last)
     ds = torch.where(cell, -res_g - (r * _pair(da, db)).sum(-1), 0)
     return da, db, torch.where(cell, (target - w * ds) / s, 0), ds
 
@@ -257,14 +255,15 @@ def _step(batch, wide, tol):
     # near the end the matrix is nearly singular: one step of iterative refinement
     near_end = bool((mu < 1e-6).any())
     newton = (_Wide if wide else _Newton)(w, s, batch.r, batch.cell, batch.m1, batch.m2, batch.pin, near_end)
-    da, db, dw, ds = _direction(batch, newton, -w * s)
+    da, db, dw, ds = _direction(batch, newton, -w * s, last=False)
     size = _each(torch.minimum(_step_length(w, dw), _step_length(s, ds)).clamp_max(1))
     ahead = ((w + size * dw) * (s + size * ds) * batch.cell).sum((-1, -2))
     sigma = (ahead / mu).clamp_min(0).pow(3).clamp(1e-6, 1)
     target = _each((sigma * mu).clamp_min(tol / 20)) * batch.omega - w * s - dw * ds
     da, db, dw, ds = _direction(batch, newton, target)
     longest = (_pair(da, db).abs() * batch.support).amax((-1, -2, -3)).clamp_min(TINY)
-    size = torch.minimum(0.95 * torch.minimum(_step_length(w, dw), _step_length(s, ds)), 3 / longest).clamp_max(1)
+    near = (1 - mu).clamp(0.99, 0.9999)  # of the way to the boundary: all but all of it towards the end
+    size = torch.minimum(near * torch.minimum(_step_length(w, dw), _step_length(s, ds)), 3 / longest).clamp_max(1)
     size = _each(size)
     batch.a, batch.b, batch.w, batch.s = batch.a + size * da, batch.b + size * db, w + size * dw, s + size * ds
 

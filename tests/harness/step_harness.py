@@ -1,5 +1,6 @@
 """Seconds a training step takes, loss by loss: eager and compiled on a CUDA GPU, the first thing to know before long
-runs there; processor seconds, one loss after another in turns, on a CPU.
+runs there; processor seconds, one loss after another in turns, on a CPU. And the largest memory, each in a process
+alone.
 
     python tests/harness/step_harness.py [--dataset cifar10] [--steps 60] [--out data/benchmarks/gpu_speed.json]
     python tests/harness/step_harness.py --turns 5 --out data/benchmarks/relation_speed.json
@@ -9,6 +10,7 @@ Each loss with the defaults of the `gpu` preset, or of the device's own where th
 
 import argparse
 import json
+import multiprocessing
 import resource
 import time
 from pathlib import Path
@@ -50,12 +52,28 @@ class Steps:
         return (clock() - start) / number
 
 
+def peak_memory(config, device):
+    """Largest memory of a process that takes steps of this config and nothing else: of the GPU, or of the process."""
+    steps = Steps(config, load_dataset(config.dataset, config.image_size, config.train_size), device)
+    steps.take(WARM_UP)
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def alone(config, device):
+    """`peak_memory` in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_memory, (config, device))
+
+
 def described(name, config, seconds, steps):
     """A row of the record."""
     seconds = sorted(seconds)
     row = dict(loss=name, compiled=config.compiled, s_per_step=seconds[len(seconds) // 2], s_each=seconds)
     row |= dict(warm_up_s=steps.warm_up, steps_an_epoch=steps.state.steps, epochs=config.epochs)
-    return row | dict(encoder=config.encoder, batch_size=config.batch_size, views=config.views)
+    row |= dict(encoder=config.encoder, batch_size=config.batch_size, views=config.views)
+    return row | dict(peak_memory_bytes=alone(config, steps.device))
 
 
 def main():
@@ -81,10 +99,8 @@ def main():
                 seconds[name].append(steps[name].take(max(1, given.steps // given.turns)))
         rows += [described(name, configs[name], seconds[name], steps[name]) for name in settings]
         print(*rows[-len(settings) :], sep="\n", flush=True)
-    gpu = device == "cuda"
     about = dict(device=device, processor=device_name(device), versions=dict(torch=torch.__version__), **git_state())
-    memory = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    about |= dict(date=time.strftime("%Y-%m-%d"), peak_memory_bytes=memory)
+    about |= dict(date=time.strftime("%Y-%m-%d"))
     given.out.write_text(json.dumps(dict(rows=rows, provenance=about), indent=1) + "\n")
 
 
