@@ -99,8 +99,9 @@ class Audit:
         "Everything but the resamples."
         def intervals(values):
             return {k: estimate(v).tolist() if len(v) > 1 else [v.item(), None, None] for k, v in values.items()}
-        return dict(name=self.name, about=self.about, possible=self.possible, bits=self.bits(),
-                    invariance=intervals(self.invariance), features=intervals(self.spread))
+        out = dict(name=self.name, about=self.about, possible=self.possible, bits=self.bits(),
+                   invariance=intervals(self.invariance), features=intervals(self.spread))
+        return out | (dict(of=[found.record() for found in self.of]) if self.of else {})
 
     def save(self,
              path: str | Path, # of a JSON file

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'FAULTS', 'GENERATED', 'MARKS', 'measured', 'middle', 'turns', 'turns_caption', 'pid_speed_table',
-           'loss_speed_table', 'loss_speed_cells', 'loss_speed_caption', 'by_side', 'view_speed_table',
-           'train_speed_table', 'eval_speed_table', 'faults_table', 'reproduced_table', 'reproduced_caption',
-           'plot_calibration', 'calibration_table', 'calibration_caption', 'plot_speed']
+           'loss_speed_table', 'loss_speed_cells', 'loss_speed_caption', 'broja_speed_table', 'broja_check_table',
+           'by_side', 'view_speed_table', 'train_speed_table', 'eval_speed_table', 'faults_table', 'reproduced_table',
+           'reproduced_caption', 'plot_calibration', 'calibration_table', 'calibration_caption', 'plot_speed']
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #1d263647
 import re
@@ -96,6 +96,45 @@ def loss_speed_caption(record: dict, # loss_speed
     return (f"{record['dtype']}, median over turns. A ratio is the median over turns of the quotient within a turn, "
             'with the Barlow Twins of the session that measured the row: it need not be the quotient of two cells. '
             f'{measured(record)}')
+
+# %% ../../nbs/figures/89_benchmarks.ipynb #db9cc63c
+def broja_speed_table(record: dict, # broja_speed
+                     ):             # pandas DataFrame of text
+    "Single tables beside BROJA_2PID and dit, a batch beside dit, larger tables beside an earlier commit."
+    rows, of = [], lambda size: 'x'.join(map(str, size))
+    for r in record['single']:
+        for side, other in r['ms'].items():
+            if side != 'pid_ssl':
+                what = f"{of(r['size'])}, {r['kind']}, one at a time"
+                apart = r['largest_difference_bits'][side]
+                rows.append(_beside(what, r['tables'], side, r['ms']['pid_ssl'], other, apart))
+    b = record['batch']
+    rows.append(_beside(f"{of(b['size'])}, half of them sparse, all at once", b['tables'], 'dit cone',
+                        1e3*b['pid_ssl_s']/b['tables'], 1e3*b['dit_cone_s']/b['tables'], b['largest_difference_bits']))
+    before = f"commit {record['provenance']['before']}"
+    for r in record['larger']:
+        ours, other = (1e3*r[side]/r['tables'] for side in ('now_s', 'before_s'))
+        rows.append(_beside(f"{of(r['size'])}, sparse", r['tables'], before, ours, other, None))
+    return table(rows)
+
+def _beside(what, count, side, ours, other, bits):
+    apart = 'by certificate' if bits is None else f'{bits:.0e} bits'
+    return {'table': what, 'tables': str(count), 'beside': side, 'ms a table': f'{ours:.2f}',
+            'other ms': f'{other:.2f}', 'times faster': f'{other/ours:.1f}', 'largest difference': apart}
+
+def broja_check_table(record: dict, # broja_check
+                     ):             # pandas DataFrame of text
+    "Of each kind of generated table: the largest gap, and the largest difference from a solver that shares nothing."
+    rows = []
+    for kind, alone in record['one_by_one'].items():
+        batch, other = record['batches'][kind], record['other_solver'][kind]
+        left = sum(part['tables'] for part in other['unsolved'].values())
+        rows.append({'kind': kind.replace('_', ' '), 'tables': f"{alone['tables']:,}",
+                     'above the limit': str(alone['above'] + batch['above']),
+                     'largest gap, bits': f"{max(alone['largest_gap_bits'], batch['largest_gap_bits']):.1e}",
+                     'by the other solver': f"{other['tables'] - left:,}", 'it left unsolved': str(left),
+                     'largest difference, bits': f"{other['largest_difference_bits']:.0e}"})
+    return table(rows)
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #da189edc
 def by_side(record: dict, # view_speed or train_speed

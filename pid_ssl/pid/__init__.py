@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PID', 'pid_discrete', 'pid_gaussian', 'pid_samples', 'discrete_information', 'gaussian_information', 'gaussian_mi',
            'gaussian_mi_bias', 'scalar_information', 'scalar_atoms', 'coordinate_correlations', 'sample_covariance',
-           'InfoNCECritics', 'fit_infonce', 'pid_codes', 'quantise']
+           'InfoNCECritics', 'fit_infonce', 'pid_codes', 'quantise', 'each_discrete', 'each_gaussian', 'each_samples']
 
 # %% ../../nbs/pid/10_pid.ipynb #a554a6ab
 from .base import PID
@@ -16,7 +16,9 @@ from .information import (coordinate_correlations, gaussian_information, gaussia
                                      sample_covariance, scalar_atoms, scalar_information)
 from .quantised import pid_codes, quantise
 from .samples import pid_samples
+from .sources import each_discrete, each_gaussian, each_samples
 
 _all_ = ["PID", "pid_discrete", "pid_gaussian", "pid_samples", "discrete_information", "gaussian_information",
          "gaussian_mi", "gaussian_mi_bias", "scalar_information", "scalar_atoms", "coordinate_correlations",
-         "sample_covariance", "InfoNCECritics", "fit_infonce", "pid_codes", "quantise"]
+         "sample_covariance", "InfoNCECritics", "fit_infonce", "pid_codes", "quantise", "each_discrete",
+         "each_gaussian", "each_samples"]

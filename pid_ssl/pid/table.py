@@ -127,9 +127,8 @@ class _Augmented:
         return x[:n], x[n:] * self.c, -res_g - self.R @ x[:n]
 
 # %% ../../nbs/pid/14_table.ipynb #ca99b22e
-def _solve_table(p1, p2, tol, max_iter):
-    "q, a, b, gap, upper bound of one table, NumPy arrays, and the steps taken"
-    table = _Table(p1, p2)
+def _iterate(table, tol, max_iter, bold):
+    "Gap, upper bound, q and multipliers, and the steps taken; `bold` goes all but all of the way to the boundary"
     f, w, y = table.f, table.weight, table.start
     omega = np.maximum(w, 1e-16) / np.maximum(w, 1e-16).sum()
     y = table.feasible(y, table.softmax(y)[0])
@@ -150,14 +149,24 @@ def _solve_table(p1, p2, tol, max_iter):
         target = max(sigma * mu, 0.3 * tol) * omega - ws - np.minimum(np.maximum(dw * ds, -ws), ws)
         dy, dw, ds = newton.solve(*residuals, target)
         furthest = 3 / np.maximum(np.maximum.reduce(np.abs(dy[f.u] + dy[f.v])), TINY)
-        near = min(0.9999, max(0.99, 1 - mu))  # of the way to the boundary: all but all of it towards the end
+        near = min(0.9999, max(0.99, 1 - mu)) if bold else 0.95  # of the way to the boundary
         size = min(1, near * _longest(w, dw), near * _longest(s, ds), furthest)
         y, w, s = y + size * dy, w + size * dw, s + size * ds
         g, r = table.softmax(y)
-    gap, upper, entries, y = best
+    return *best, step
+
+
+def _solve_table(p1, p2, tol, max_iter):
+    "q, a, b, gap, upper bound of one table, NumPy arrays, and the steps taken"
+    table = _Table(p1, p2)
+    *best, steps = _iterate(table, tol, min(max_iter, 40), True)
+    if not best[0] <= tol:  # a bold step can end in a corner; a second start costs little, so seldom is it needed
+        *other, more = _iterate(table, tol, max_iter, False)
+        best, steps = other if not best[0] <= other[0] else best, steps + more
+    (gap, upper, entries, y), f = best, table.f
     q, a, b = np.zeros((len(p1), *p2.shape)), np.zeros(p1.shape), np.zeros(p2.shape)
     q[f.index], a[f.on1], b[f.on2] = entries, y[: f.split], y[f.split :]
-    return q, a, b, gap, upper, step
+    return q, a, b, gap, upper, steps
 
 # %% ../../nbs/pid/14_table.ipynb #02543935
 def _cells(x, p1, p2):
