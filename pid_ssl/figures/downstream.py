@@ -13,7 +13,7 @@ import numpy as np
 from ..config import LOSS_TABLE, POLICIES_BY_DATASET, PRESETS, TASK_TABLE, metric_end
 from .base import SHORT, interval, label_rows, listed, panels, plot_differences, plotting, spread, table
 from .curves import PAIRS
-from .frames import unlike
+from .frames import one_copy_each, unlike
 
 # %% ../../nbs/figures/85_downstream.ipynb #edaf4cc0
 # rows of tables: losses, then controls
@@ -51,6 +51,7 @@ def by_training(records: list, # of `downstream`
 def measures(records: list, # of `downstream`
             ):              # pandas DataFrame: trained (on which dataset), method, seed, measure, value (%, points)
     "One row an encoder and measure, a shared control once; raises `ValueError` naming two records that claim one row."
+    one_copy_each(records)
     rows, places = [], {}
     for trained, r in [(d, r) for d, rs in by_training(records).items() for r in rs]:
         for place, (measure, value) in enumerate(_measures(r, trained).items()):
