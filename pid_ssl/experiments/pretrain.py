@@ -16,7 +16,7 @@ from ..evaluate import calibrate_batchnorm, evaluate_encoder, extract_features, 
 from ..evaluate.spectrum import rankme
 from ..records import (PRETRAINING, CheckpointError, RunLocked, RunRecord, StopSignals, StorageError,
     checkpoint_folder, load_checkpoint, lock_run, other_data, other_lengths, remove_checkpoint, run_id, save_checkpoint)
-from .collapse import LOOK, collapsed, spectrum, untrained_spectrum
+from .collapse import LOOK, collapsed, readings, spectrum, untrained_spectrum
 from .experiment import Experiment, warn_unread
 from .init import Start, start_from
 from .processes import Processes, check_processes, join_processes, leave_when_stuck
@@ -144,7 +144,7 @@ def _measured(state, dataset):
     images, number = dataset.images['val'][:AUDIT_IMAGES], len(state.history) + 1
     row = _audit(state, dataset, images)
     if number in (1, state.config.epochs) or number % LOOK == 0:
-        row |= spectrum(state.embed, images, state.views)
+        row |= spectrum(state.embed, images, state.views) | readings(state, dataset, AUDIT_SEED, AUDIT_IMAGES)
     if number == 1:
         row |= {f'untrained_{k}': v for k, v in untrained_spectrum(state, dataset, images).items()}
     _require_finite(state.config, f'audit of epoch {number}', row)

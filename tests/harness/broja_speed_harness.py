@@ -177,10 +177,12 @@ def provenance(checkout):
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True)
     name = broja_2pid()[1]
     carrier = next((d for d in ("idtxl", "idtxl-uv") if name.startswith("idtxl") and has(d)), None)
-    return dict(load_before=os.getloadavg()[0], device=device_name("cpu"), cores=os.cpu_count(), threads=1,
+    load, cores, origin = os.getloadavg()[0], os.cpu_count(), f"as in {carrier} {version(carrier)}" if carrier else name
+    busy = f"load {load:.0f} on {cores} cores when it began: all sides are slower than on an idle machine"
+    return dict(load_before=load, device=device_name("cpu"), cores=cores, threads=1, broja_2pid=origin,
                 date=datetime.date.today().isoformat(), python=platform.python_version(), before=commit.stdout.strip(),
-                broja_2pid=f"as in {carrier} {version(carrier)}" if carrier else name,
-                versions={p: version(p) for p in ("torch", "numpy", "dit", "ecos")})
+                versions={p: version(p) for p in ("torch", "numpy", "dit", "ecos")},
+                note=f"BROJA_2PID {origin}" + f"; {busy}" * (load > cores / 2))
 
 
 def has(package):
