@@ -191,8 +191,8 @@ def plot_comparison(register: Registration, # of `read_register`
     "A panel a pair: differences by measure, a small dot a seed, the mean with its 95 % interval from three seeds on."
     values, (_, _, pd) = arm_values(register, records), plotting()
     measures = list(dict.fromkeys([*register.primary, *(m for _, m in values)]))
-    columns = len(register.compare) if len(register.compare) < 5 else 3
-    rows = math.ceil(len(register.compare)/columns)
+    columns, used = min(4, len(register.compare)), len(register.compare)
+    rows = math.ceil(used/columns)
     fig, axes = panels(rows, columns, rows*(0.9 + 0.2*len(measures)), sharex=True, sharey=True, squeeze=False)
     for ax, pair in zip(axes.flat, register.compare):
         for y, m in enumerate(measures):
@@ -202,6 +202,9 @@ def plot_comparison(register: Registration, # of `read_register`
             plot_differences(ax, d, y, '', colour, half_width(d) if len(d) > 2 else 0)
         label_rows(ax, [f'{m} *' if m in register.primary else m for m in measures], xlabel='points')
         ax.set_title('{}\nless {}'.format(*pair), fontsize=7.5)
+        ax.tick_params(labelbottom=True)
+    for ax in axes.flat[used:]:
+        ax.set_visible(False)
     return fig
 
 def comparison_caption(register: Registration, # of `read_register`

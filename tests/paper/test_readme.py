@@ -54,7 +54,7 @@ def test_ci_runs_the_documented_test_command():
 def test_the_loop_learns(tmp_path):
     loop, *_ = re.findall(r"```python\n(.*?)```", README, re.S)
     said = run(loop, tmp_path)
-    assert "'tau'" in said
+    assert "'relation_synergy'" in said
     before, after = (float(x) for x in re.findall(r"5-NN .* (\d\.\d+)", said))
     assert after > before + 0.2
     promised = [float(x) for x in re.findall(r"# (\d\.\d+)$", loop, re.M)]
