@@ -9,8 +9,9 @@ from torch import nn
 import pid_ssl
 from pid_ssl.__main__ import main
 from pid_ssl.config import ConfigError
-from pid_ssl.data import Policy
+from pid_ssl.data import Policy, ViewMaker
 from pid_ssl.evaluate.heads import ATOMS
+from pid_ssl.losses.baselines import BarlowTwins
 from pid_ssl.models import SmallResNet
 from pid_ssl.records import save_checkpoint
 
@@ -74,6 +75,40 @@ def test_colour_is_told_by_an_encoder_that_keeps_it(coloured):
     assert keeps.bits()["saturation"]["I12"][1] > 0.5
     assert loses.bits()["saturation"]["I12"][0] < 0.1
     assert loses.invariance["saturation"][0] > keeps.invariance["saturation"][0]
+
+
+def trained(policy, images, steps):
+    """A small net after some steps of Barlow Twins; 0 for the untrained one."""
+    torch.manual_seed(0)
+    net, head = SmallResNet(8, 3), nn.Linear(32, 32)
+    views, loss = ViewMaker("none", [0.4] * 3, [0.2] * 3, seed=0), BarlowTwins(0.02)
+    views.policy = policy
+    optimizer = torch.optim.AdamW([*net.parameters(), *head.parameters()], lr=3e-3)
+    for step in range(steps):
+        batch = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(step))[:256]]
+        optimizer.zero_grad()
+        loss(*(head(net(views(batch))) for _ in range(2))).backward()
+        optimizer.step()
+    return net.eval()
+
+
+def test_training_for_invariance_to_colour_is_seen():
+    """Shapes in a tint: an untrained net, Barlow Twins with crops and flips, and with strong changes of colour, too."""
+    g = torch.Generator().manual_seed(2)
+    shape = nn.functional.interpolate(torch.rand(1200, 1, 3, 3, generator=g), size=8, mode="bilinear")
+    images = (255 * shape * (0.4 + 0.6 * torch.rand(1200, 3, 1, 1, generator=g))).to(torch.uint8)
+    frame = dict(crop=(0.5, 1.0), flip=0.5)
+    strong = Policy(**frame, jitter=1.0, brightness=0.6, saturation=0.9, hue=0.5, gray=0.3)
+    asked = dict(policy=Policy(**frame, jitter=1.0, saturation=0.9, hue=0.2), **FEW)
+    nets = trained(strong, images, 0), trained(Policy(**frame), images, 200), trained(strong, images, 200)
+    untrained, barlow, colour = (pid_ssl.audit(net, images, **asked) for net in nets)
+    hue = [found.bits()["hue"]["I12"] for found in (untrained, barlow, colour)]
+    assert hue[2][2] < min(hue[0][1], hue[1][1]), "what it was trained to ignore it does not tell"
+    for part in ("hue", "saturation"):
+        one, two, three = (found.invariance[part][0] for found in (untrained, barlow, colour))
+        assert three > max(one, two)
+    assert barlow.invariance["crop"][0] > untrained.invariance["crop"][0], "both crops and flips are trained for"
+    assert pid_ssl.compare(barlow, colour).bits()["hue"]["S"][2] < 0
 
 
 def test_any_module_goes_through_and_stays_as_it_was(coloured):
