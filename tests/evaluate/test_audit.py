@@ -93,7 +93,7 @@ def trained(policy, images, steps):
 
 
 def test_training_for_invariance_to_colour_is_seen():
-    """Shapes in a tint: an untrained net, Barlow Twins with crops and flips, and with strong changes of colour as well."""
+    """Shapes in a tint: an untrained net, Barlow Twins with crops and flips, and with strong changes of colour, too."""
     g = torch.Generator().manual_seed(2)
     shape = nn.functional.interpolate(torch.rand(1200, 1, 3, 3, generator=g), size=8, mode="bilinear")
     images = (255 * shape * (0.4 + 0.6 * torch.rand(1200, 3, 1, 1, generator=g))).to(torch.uint8)

@@ -1,4 +1,5 @@
 "Estimators from samples: what each sees, what it costs, and what it refuses"
+import json
 import math
 import warnings
 
@@ -6,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from pid_ssl.config import project_root
 from pid_ssl.pid import fit_infonce, gaussian_mi_bias, pid_samples, scalar_information
 from pid_ssl.pid.quantised import count_table, pid_codes, quantise
-from pid_ssl.pid.samples import NAMES, confidence_interval
+from pid_ssl.pid.samples import NAMES, RECOMMENDED, confidence_interval, recommended
 
 
 def generator(seed=0):
@@ -178,6 +180,41 @@ def test_interval_covers(method):
         hits += bool(low < truth < high)
     assert 30 <= hits <= 40  # 36 expected
     assert set(pid.interval) == set(NAMES)
+
+
+@pytest.mark.parametrize("estimator, options, d", [
+    ("gaussian", {"bias_correct": True}, 4), ("coordinate", {}, 1)])
+def test_interval_covers_where_the_estimator_is_recommended(estimator, options, d):
+    "At least 90 % of 200 draws, for a level of 95 %"
+    i1, _, i12 = known_informations(d, 0.5)
+    truth = {"redundancy": i1, "synergy": i12 - i1, "joint": i12}
+    hits = dict.fromkeys(truth, 0)
+    for seed in range(200):
+        interval = pid_samples(*known_views(250, d, 0.5, seed), estimator, interval="jackknife", **options).interval
+        for name, value in truth.items():
+            low, high = interval[name]
+            hits[name] += bool(low <= value <= high)
+    assert min(hits.values()) >= 180, hits
+
+
+def test_what_is_recommended_was_measured():
+    "Within .05 bit at every n and d of the record where no warning is given"
+    record = json.loads((project_root() / "data/benchmarks/pid_error.json").read_text())
+    ways = {way.removesuffix(", 8 codes") for way in {r["estimator"] for r in record["rows"]}} & set(RECOMMENDED)
+    assert ways == set(RECOMMENDED)
+    errors = {}
+    for r in record["rows"]:
+        way = r["estimator"].removesuffix(", 8 codes")
+        for atom, truth in record["truth"][str(r["d"])].items():
+            errors.setdefault((way, r["d"], r["n"], atom), []).append((r[atom] - truth) / math.log(2))
+    for (way, d, n, atom), values in errors.items():
+        if way in RECOMMENDED and abs(np.mean(values)) > 0.0505:
+            assert recommended(way, d, n), (way, d, n, atom, np.mean(values))
+    with pytest.warns(RuntimeWarning, match="may be off by more than .05 bit"):
+        pid_samples(*known_views(500, 16, 0.5), "coordinate")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pid_samples(*known_views(500, 16, 0.5), "gaussian", bias_correct=True)
 
 
 @pytest.mark.parametrize("estimator,options", [
