@@ -16,7 +16,7 @@ from ..evaluate import calibrate_batchnorm, evaluate_encoder, extract_features, 
 from ..evaluate.spectrum import rankme
 from ..records import (PRETRAINING, CheckpointError, RunLocked, RunRecord, StopSignals, StorageError,
     checkpoint_folder, load_checkpoint, lock_run, other_data, other_lengths, remove_checkpoint, run_id, save_checkpoint)
-from .collapse import LOOK, collapsed, readings, spectrum, untrained_spectrum
+from .collapse import LOOK, below_control, collapsed, readings, spectrum, untrained_spectrum
 from .experiment import Experiment, warn_unread
 from .init import Start, start_from
 from .processes import Processes, check_processes, join_processes, leave_when_stuck
@@ -204,7 +204,10 @@ def _finish(run, trained):
         processes=run.group.size, dataset_note=data.note, images={s: len(x) for s, x in data.images.items()},
         train_seconds=round(trained, 2), images_per_second=speed, image_passes=state.image_passes(),
         resumed_after_epoch=run.first)
-    if said := collapsed(state.history):
+    end = below_control(run.record.metrics, run.config.eval_on)
+    if end:
+        warnings.warn(end[0])
+    if said := collapsed(state.history) + end:
         run.record.provenance['collapse'] = said
     weights = {'encoder': state.embed[0].state_dict(), 'projector': state.embed[1].state_dict()}
     header = dict(config=dataclasses.asdict(run.config), epoch=run.config.epochs)

@@ -125,3 +125,22 @@ def test_a_collapse_is_said_in_log_and_record(config, monkeypatch):
     assert [s.split(":")[0] for s in found.provenance["collapse"]] == ["epoch 1", "epoch 3"]
     warned = [str(w.message) for w in said if "the run has collapsed: rankme 1 (untrained" in str(w.message)]
     assert warned == found.provenance["collapse"]
+
+
+def test_features_worse_than_the_untrained_networks_are_said(tmp_path, monkeypatch):
+    """A run with labels whose features are read badly, while it trains and in the end."""
+    def poor(*given):
+        metrics = evaluate_encoder(*given)
+        return metrics if given[4] else dict.fromkeys(metrics, 0.0)
+
+    monkeypatch.setattr("pid_ssl.experiments.pretrain.readings", lambda *given: {"knn5": 1.0})
+    monkeypatch.setattr("pid_ssl.experiments.pretrain.evaluate_encoder", poor)
+    given = Config(loss="barlow", epochs=5, width=4, train_size=256, threads=1, projector_dim=8, home=str(tmp_path))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = pretrain(given)
+    watched, end = found.provenance["collapse"]
+    assert watched.startswith("epoch 5: below the untrained network: 5-NN accuracy 1.0 (")
+    assert end.startswith("in the end: below the untrained network: test_linear_logreg 0.0 (")
+    assert [str(w.message) for w in said if "untrained network:" in str(w.message)] == [watched, end]
+    assert found.history[0]["val_untrained_knn5"] > 30
