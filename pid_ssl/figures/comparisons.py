@@ -70,6 +70,7 @@ class Registration:
     shared: dict = field(default_factory=dict) # fields of all arms
     transfer: list = field(default_factory=list) # datasets whose mean linear accuracy is the measure `transfer`
     further: dict = field(default_factory=dict) # name of a measure -> task and metric
+    recipes: list = field(default_factory=list) # that its runs and their measurements are made from
     chosen_by: list = field(default_factory=list) # ids of validation runs
     note: str = '' # what else a reader has to know
 
