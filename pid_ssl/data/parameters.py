@@ -85,8 +85,7 @@ def told(omega1: dict,             # what was drawn for view 1
         return relation(omega1, omega2, policy)
     if tells == 'own':
         return own(omega1, policy)
-    both = own({k: torch.cat([v, omega2[k]]) for k, v in omega1.items()}, policy)
-    each = {f'view{i + 1}_{k}': v.chunk(2)[i] for i in range(2) for k, v in both.items()}
+    each = {f'view{i}_{k}': v for i, omega in enumerate((omega1, omega2), 1) for k, v in own(omega, policy).items()}
     return each | relation(omega1, omega2, policy)
 
 @dataclass(frozen=True)
