@@ -61,7 +61,7 @@ def plot_audit(*audits: Audit | dict, # of the same targets, one or more, or the
             lows = [low for _, low, _ in found['invariance'].values()]
             _letters(left, ALPHABET[j], ends, places(targets, j))
             _letters(right, ALPHABET[j], lows, places(parts, j), before=True)
-    kinds = {k: f'{k} ({v:.1f})' for k, v in records[0]['possible'].items()}
+    kinds = {k: f'{k} ({v:.1f})' if v else k for k, v in records[0]['possible'].items()}
     for ax, names in ((left, list(kinds.values())), (right, parts)):
         ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
     asked = {'relation': 'relation of two views', 'own': 'parameters of view 1', 'all': 'parameters and relation'}
@@ -89,7 +89,8 @@ def pair_table(record: dict, # of a comparison
     "Redundancy and synergy in bits about each target: the first encoder, the other, how much more the other tells."
     rows = []
     for target, found in record['bits'].items():
-        row = {'about': target, 'bits there are': f"{record['possible'][target]:.2f}"}
+        there_are = record['possible'][target]
+        row = {'about': target, 'bits there are': f'{there_are:.2f}' if there_are else 'no end'}
         for sign in 'RS':
             row |= {f"{sign}, {_called(f)}": f"{f['bits'][target][sign][0]:.2f}" for f in record['of']}
             middle, low, high = found[sign]

@@ -6,7 +6,8 @@
 __all__ = ['SIZES', 'FAULTS', 'GENERATED', 'MARKS', 'measured', 'middle', 'turns', 'turns_caption', 'pid_speed_table',
            'loss_speed_table', 'loss_speed_cells', 'loss_speed_caption', 'broja_speed_table', 'broja_check_table',
            'by_side', 'view_speed_table', 'train_speed_table', 'eval_speed_table', 'faults_table', 'reproduced_table',
-           'reproduced_caption', 'plot_calibration', 'calibration_table', 'calibration_caption', 'plot_speed']
+           'reproduced_caption', 'plot_calibration', 'calibration_table', 'coverage_table', 'calibration_caption',
+           'plot_speed']
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #1d263647
 import re
@@ -286,6 +287,22 @@ def calibration_table(record: dict, # pid_error
                 rows[-1][f'd = {d}, n = {n:,}'] = f'{e.mean():+.0f} ± {e.std(ddof=1):.0f}'
     return table(rows)
 
+# %% ../../nbs/figures/89_benchmarks.ipynb #b7648a3d
+def coverage_table(record: dict, # pid_intervals
+                  ):             # pandas DataFrame of text
+    "Of each estimator on known distributions: mean errors, and the share of intervals that hold the truth."
+    rows = []
+    for r in sorted(record['rows'], key=lambda r: (r['estimator'], r['distribution'], r['d'], r['n'])):
+        error, worst = r['mean_error'], min(r['covered'], key=r['covered'].get)
+        held = {k: f"{100*r['covered'][k]/r['draws']:.1f}" for k in ('redundancy', 'synergy', 'joint', worst)}
+        rows.append({'estimator': r['estimator'], 'distribution': r['distribution'], 'd': str(r['d'] or 'labels'),
+                     'n': f"{r['n']:,}", 'draws': str(r['draws']), 'error of R, bits': f"{error['redundancy']:+.3f}",
+                     'of S': f"{error['synergy']:+.3f}", 'R covered (%)': held['redundancy'],
+                     'S (%)': held['synergy'], 'I12 (%)': held['joint'],
+                     'worst of all atoms (%)': f'{held[worst]} ({worst})', 's a draw': f"{r['s']:.2f}"})
+    return table(rows)
+
+# %% ../../nbs/figures/89_benchmarks.ipynb #4480d5fd
 def calibration_caption(record: dict, # pid_error
                        ) -> str:      # one sentence
     "Distribution, seeds and device."
