@@ -210,8 +210,8 @@ def _finish(run, trained, notes):
     notes |= dict(collapse=collapsed(state.history) + end)
     run.record.provenance |= {k: v for k, v in notes.items() if v}
     weights = {'encoder': state.embed[0].state_dict(), 'projector': state.embed[1].state_dict()}
-    header = dict(config=dataclasses.asdict(run.config), epoch=run.config.epochs)
-    header |= dict(mean=data.mean.tolist(), std=data.std.tolist())
+    header = dict(config=dataclasses.asdict(run.config), epoch=run.config.epochs, mean=data.mean.tolist(),
+                  std=data.std.tolist())
     save_checkpoint(run.folder/'final', weights, header)
     record = run.experiment.close()
     for old in checkpoints(run.folder):
