@@ -6,6 +6,7 @@
 __all__ = ['plot_weight', 'on_the_curve', 'plot_told', 'parameter_table', 'cost_table', 'gpu_speed_table']
 
 # %% ../../nbs/figures/85_told.ipynb #85701d03
+from collections.abc import Callable
 import numpy as np
 from ..config import ACCURACIES, LOSS_TABLE, METRICS
 from ..data.parameters import relation_table as column_table
@@ -57,9 +58,14 @@ def plot_told(records: list, # of losses with a relation
     return fig
 
 # %% ../../nbs/figures/85_told.ipynb #85701d1a
-def parameter_table(records: list, # of one loss with a relation that tells all, under one policy
-                   ):              # pandas DataFrame of text
-    "What each parameter of a view is, and what pairs of views tell of it at the end of training."
+def parameter_table(oracle: dict, # what one with the clean image tells, of the same policy
+                   ) -> Callable: # of the records of one loss that tells all; gives a pandas DataFrame of text
+    "What each parameter of a view is, what can be told of it, and what pairs of views tell at the end of training."
+    def of(records):
+        return _parameters(records, oracle)
+    return of
+
+def _parameters(records, oracle):
     config, last = records[0].config, [r.history[-1] for r in records]
     columns, rows = column_table(config['policy'], 'all'), []
     for name in [k for k in columns if f'view1_{k}' in columns]:
@@ -68,7 +74,8 @@ def parameter_table(records: list, # of one loss with a relation that tells all,
         told = lambda key: '{:.2f}'.format(np.mean([row[f'nats_{key}'] for row in last]))
         rows.append({'parameter': name, 'kind': 'bit' if own.bit else 'number',
                      'entropy or deviation, of a view': size(own), 'between views': size(pair),
-                     'nats told of a view': told(f'view1_{name}'), 'told of what lies between': told(name)})
+                     'nats told of a view': told(f'view1_{name}'), 'by the oracle': f'{oracle[name][0]:.2f}',
+                     'told of what lies between': told(name), 'by it': f'{oracle[name][1]:.2f}'})
     return table(rows)
 
 # %% ../../nbs/figures/85_told.ipynb #85701d0c
