@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'Policy', 'affine_parameters', 'resample', 'grayscale', 'shift_hue', 'draw_colour', 'jitter_colour',
-           'gaussian_blur', 'draw_view', 'identity_view', 'ViewMaker']
+           'gaussian_blur', 'draw_view', 'render', 'identity_view', 'ViewMaker']
 
 # %% ../../nbs/data/35_views.ipynb #5f71f02e
 from dataclasses import dataclass
@@ -228,6 +228,19 @@ def draw_view(n: int,             # images
         omega['solarize'] = _chance(n, policy.solarize, g)
     return omega | dict(colour), colour
 
+def render(x: torch.Tensor, # (n, c, side, side), values in 0..1
+           omega: dict,     # what is done to each image, from `draw_view`
+           colour: list,    # the colour operations in order, from the same call
+           policy: Policy,  # the same
+          ) -> torch.Tensor:# (n, c, side, side), values in 0..1
+    "The views that were drawn, less the pixel noise."
+    x = jitter_colour(resample(x, omega['theta'], policy), colour)
+    if policy.blur:
+        x = gaussian_blur(x, omega['blur'])
+    if policy.solarize:
+        x = torch.where(omega['solarize'].view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
+    return x
+
 def _require_bytes(images, square=False):
     require(images.dtype == torch.uint8, 'images', f'got {images.dtype}',
             'uint8, 0 to 255 (floats would be divided again)')
@@ -277,11 +290,7 @@ class ViewMaker:
         _require_bytes(images, square=True)
         omega, colour = draw_view(n, p, g, channels, side)
         noise = _draw(torch.randn, *images.shape, g=g) if p.noise else None
-        x = jitter_colour(resample(images.float()/255, omega['theta'], p), colour)
-        if p.blur:
-            x = gaussian_blur(x, omega['blur'])
-        if p.solarize:
-            x = torch.where(omega['solarize'].view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
+        x = render(images.float()/255, omega, colour, p)
         if p.noise:
             x = (x + p.noise*noise).clamp_(0, 1)
         x = (x - self.mean)/self.std

@@ -93,6 +93,5 @@ def readings(state: Pretraining, # of a run
     images = {split: dataset.images[split][:most] for split in ('train', 'val')}
     h = {split: extract_features(state.embed[0], x, views) for split, x in images.items()}
     out = dict(alpha_req=alpha_req(h['val']), uniformity=uniformity(h['val']),
-               alignment=alignment(*view_features(state.embed[0], images['val'], views)))
-    out |= nearest_five(h, dataset)
+               alignment=alignment(*view_features(state.embed[0], images['val'], views)), **nearest_five(h, dataset))
     return {k: v for k, v in out.items() if math.isfinite(v)}
