@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import math
 import torch
 import torch.nn.functional as F
-from ..config import ConfigError
+from ..config import require, require_value
 
 # %% ../../nbs/data/35_views.ipynb #2089ef44
 @dataclass(frozen=True)
@@ -242,11 +242,10 @@ def render(x: torch.Tensor, # (n, c, side, side), values in 0..1
     return x
 
 def _require_bytes(images, square=False):
-    if images.dtype != torch.uint8:
-        raise ValueError(f'images: got {images.dtype}; accepted: uint8, 0 to 255 (floats would be divided again)')
-    if square and images.shape[-2] != images.shape[-1]:
-        size = ' x '.join(map(str, images.shape[-2:]))
-        raise ValueError(f'images: got {size} pixels; accepted: square ones, for any policy but none')
+    require(images.dtype == torch.uint8, 'images', f'got {images.dtype}',
+            'uint8, 0 to 255 (floats would be divided again)')
+    h, w = images.shape[-2:]
+    require(not square or h == w, 'images', f'got {h} x {w} pixels', 'square ones, for any policy but none')
 
 def identity_view(n: int,                 # images
                   device: object = 'cpu', # of the result
@@ -265,8 +264,7 @@ class ViewMaker:
                  device: str = 'cpu',        # where views are made
                  share: tuple = (0, 1),      # (rank, processes): the batches are this process's rows of a larger one
                 ):
-        if policy not in POLICIES:
-            raise ConfigError('policy', policy, ', '.join(POLICIES))
+        require_value(policy in POLICIES, 'policy', policy, ', '.join(POLICIES))
         self.policy = POLICIES[policy]
         at = dict(dtype=torch.float32, device=device)
         self.mean, self.std = (torch.as_tensor(v, **at).view(1, -1, 1, 1) for v in (mean, std))
@@ -300,8 +298,7 @@ class ViewMaker:
 
     def state(self) -> dict: # name -> uint8 tensor
         "State of the generators, for a checkpoint."
-        host = _host(self.generator)
-        return {'device': self.generator.get_state(), 'host': host.get_state()}
+        return {'device': self.generator.get_state(), 'host': _host(self.generator).get_state()}
 
     def load_state(self,
                    state: dict, # as `state` returned it

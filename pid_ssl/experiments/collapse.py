@@ -13,7 +13,7 @@ from torch import nn
 from ..config import ACCURACIES, metric_end
 from ..data import Dataset, ViewMaker
 from ..evaluate import calibrate_batchnorm, extract_features, knn_accuracy
-from ..evaluate.features import view_features
+from ..evaluate.probes import view_features
 from ..evaluate.spectrum import alignment, alpha_req, rankme, uniformity
 from .training import Pretraining, build_embed
 

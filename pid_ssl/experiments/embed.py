@@ -18,10 +18,9 @@ from tqdm import tqdm
 from ..config import Checked, digest, read_args, require, require_value, setting
 from ..data import DataError, ViewMaker
 from ..data.images import decode, pixels
-from ..data.stored import Stored
+from ..data.sources import Stored
 from ..evaluate import extract_features
-from ..models import exported
-from ..models.weights import WEIGHTS, weights_folder
+from ..models import WEIGHTS, exported, weights_folder
 from ..records import StopSignals, checkpoint_folder, writing
 from .training import default_threads, device_class
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from safetensors.torch import load
 from ..config import Config, ConfigError, require_value
-from ..models import build_encoder, load_encoder
-from ..models.weights import WEIGHTS, weights_folder
+from ..models import WEIGHTS, build_encoder, load_encoder, weights_folder
 from ..records import CheckpointError, checkpoint_folder, load_checkpoint
 
 # %% ../../nbs/experiments/73_init.ipynb #1c78fb45

@@ -9,8 +9,8 @@ __all__ = ['checkpoints', 'save_state', 'load_state']
 import dataclasses, functools, math, warnings
 from pathlib import Path
 import torch
-from ..config import ConfigError, from_dict, identity
-from ..records import CheckpointError, load_checkpoint, remove_checkpoint, require, save_checkpoint
+from ..config import ConfigError, from_dict, identity, require
+from ..records import CheckpointError, load_checkpoint, remove_checkpoint, save_checkpoint
 from .training import Pretraining
 
 # %% ../../nbs/experiments/74_resume.ipynb #d45ce988
