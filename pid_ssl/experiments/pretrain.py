@@ -18,10 +18,9 @@ from ..records import (PRETRAINING, CheckpointError, RunLocked, RunRecord, StopS
     checkpoint_folder, load_checkpoint, lock_run, other_data, other_lengths, remove_checkpoint, run_id, save_checkpoint)
 from .collapse import LOOK, below_control, collapsed, readings, spectrum, untrained_spectrum
 from .experiment import Experiment, warn_unread
-from .init import Start, start_from
 from .processes import Processes, check_processes, join_processes, leave_when_stuck
 from .resume import checkpoints, load_state, save_state
-from .sets import probe_set, training_set
+from .start import Start, probe_set, start_from, training_set
 from .training import NonFiniteLoss, Pretraining, build_embed, default_threads, device_class
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #4347f90b
