@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSS_TABLE', 'KNOBS', 'LOSS_NAMES', 'PID_LOSSES', 'TASK_TABLE', 'METRICS', 'ACCURACIES', 'By', 'knob', 'by_hand',
-           'Loss', 'losses_with', 'check_knob', 'Task', 'tasks_that_read', 'Metric', 'metric_end', 'main_metrics']
+           'Loss', 'check_knob', 'Task', 'tasks_that_read', 'Metric', 'metric_end', 'main_metrics']
 
 # %% ../../nbs/config/04_tables.ipynb #d75a2f5b
 import re
@@ -181,11 +181,6 @@ _own = [k for row in LOSS_TABLE.values() for k in row.listed() if isinstance(k, 
 KNOBS = {k.name: k for k in [*_KNOBS, *_own]}
 LOSS_NAMES = tuple(LOSS_TABLE)
 PID_LOSSES = tuple(k for k, row in LOSS_TABLE.items() if row.baseline)
-
-def losses_with(knob: str, # its name
-               ) -> tuple: # names of losses
-    "The losses that have a knob."
-    return tuple(k for k, row in LOSS_TABLE.items() if knob in row.names())
 
 def check_knob(name: str,     # of `KNOBS`
                value: object, # what a loss was given

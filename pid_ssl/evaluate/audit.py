@@ -6,16 +6,16 @@
 __all__ = ['PARTS', 'SIGNS', 'Target', 'parameter_targets', 'parts_of', 'Audit', 'told_features', 'audit', 'compare', 'command']
 
 # %% ../../nbs/evaluate/69_audit.ipynb #ac4e3004
-import argparse, dataclasses, hashlib, importlib, json, math
+import dataclasses, hashlib, importlib, json, math
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..config import ConfigError, unknown
+from ..config import ConfigError, read_options, require_value, unknown
 from ..data import POLICIES, Dataset, DATASETS, Policy, ViewMaker, load_dataset
 from ..data.parameters import BITS, told
 from ..data.views import draw_view
-from .features import extract_features
+from .probes import extract_features
 from .heads import ATOMS, atoms_of, estimate, held_out_bits, resampled
 from .read import LEAST, Reader, as_images, found_normalisation, reading
 from .spectrum import alpha_req, canonical_correlations, rankme, uniformity
@@ -51,8 +51,7 @@ def parameter_targets(policy: Policy,          # of both views
     g, out = torch.Generator().manual_seed(0), {}
     omegas = [draw_view(draws, policy, g, channels, side)[0] for _ in range(2)]
     for name, v in told(*omegas, policy, tells).items():
-        shares = torch.arange(1, bins)/bins
-        v = v.contiguous()
+        v, shares = v.contiguous(), torch.arange(1, bins)/bins
         edges = torch.tensor([0.5]) if name.split('_')[-1] in BITS else v.quantile(shares).unique()
         count = torch.bucketize(v, edges).bincount(minlength=len(edges) + 1)
         if v.std() > 1e-6 and (count > 0).sum() > 1:
@@ -132,12 +131,12 @@ def told_features(reader: Reader,       # of features
                   batch_size: int = 250,# images a forward pass
                  ) -> tuple:            # h1, h2: (draws * n, f); name -> (draws * n,)
     "Features of pairs of views, and what was drawn; image by image, draw after draw."
-    ones, twos, values = [], [], []
+    rows = []
     for batch in images.split(batch_size)*draws:
         (x1, omega1), (x2, omega2) = (views(batch.to(views.mean.device), told=True) for _ in range(2))
-        ones.append(reader(x1).cpu())
-        twos.append(reader(x2).cpu())
-        values.append({k: v.cpu() for k, v in told(omega1, omega2, views.policy, tells).items()})
+        asked = told(omega1, omega2, views.policy, tells)
+        rows.append((reader(x1).cpu(), reader(x2).cpu(), {k: v.cpu() for k, v in asked.items()}))
+    ones, twos, values = zip(*rows)
     return torch.cat(ones), torch.cat(twos), {k: torch.cat([v[k] for v in values]) for k in values[0]}
 
 def _target_bits(reader, images, labels, views, targets, tells, pairs, seed):
@@ -191,9 +190,9 @@ def _chosen(images, labels, size, split, most, data_dir, seed):
         parts, classes = {k: x[i] for k, i in order.items()}, None
         if labels is not None:
             y = torch.as_tensor(labels)
-            if y.shape != (len(x),) or y.is_floating_point() or y.is_complex() or len(y.unique()) < 2:
-                raise ConfigError('labels', f'{y.dtype} {tuple(y.shape)}',
-                                  f'class numbers ({len(x)},), one an image, of at least 2 classes')
+            numbers = y.shape == (len(x),) and not y.is_floating_point() and not y.is_complex()
+            require_value(numbers and len(y.unique()) > 1, 'labels', f'{y.dtype} {tuple(y.shape)}',
+                          f'class numbers ({len(x)},), one an image, of at least 2 classes')
             y = y.unique(return_inverse=True)[1]
             classes = {k: y[i] for k, i in order.items()}
     g = torch.Generator().manual_seed(seed)
@@ -205,8 +204,7 @@ def _policy(given, found, channels):
     given = given or found or ('cifar' if channels == 3 else 'digits')
     if isinstance(given, str) and given not in POLICIES:
         raise unknown('policy', given, given, list(POLICIES), 'policies')
-    if not isinstance(given, (str, Policy)):
-        raise ConfigError('policy', given, f"a `Policy`, or one of {', '.join(POLICIES)}")
+    require_value(isinstance(given, (str, Policy)), 'policy', given, f"a `Policy`, or one of {', '.join(POLICIES)}")
     return POLICIES[given] if isinstance(given, str) else given
 
 # %% ../../nbs/evaluate/69_audit.ipynb #ac4e3012
@@ -229,14 +227,12 @@ def audit(encoder: nn.Module,            # maps images to features: any; it is n
     "What an encoder's views tell, apart and together; raises `ConfigError` naming the argument that cannot be used."
     for field, value, least in (('bins', bins, 2), ('pairs', pairs, 1), ('most', most, LEAST),
                                 ('replicates', replicates, 20)):
-        if type(value) is not int or value < least:
-            raise ConfigError(field, value, f'an integer from {least}')
+        require_value(type(value) is int and value >= least, field, value, f'an integer from {least}')
     images, labels, statistics, policy_found = _chosen(images, labels, size, split, most, data_dir, seed)
     _, channels, _, side = images['fit'].shape
     policy = _policy(policy, policy_found, channels)
     targets = parameter_targets(policy, tells, channels, side, bins)
-    if not targets:
-        raise ConfigError('policy', policy, 'a policy that changes images: this one leaves nothing to tell')
+    require_value(targets, 'policy', policy, 'a policy that changes images: this one leaves nothing to tell')
     if labels is not None:
         share = torch.cat(list(labels.values())).bincount()
         targets['label'] = Target(torch.empty(0), (share/share.sum()).clamp(min=1e-6))
@@ -268,10 +264,10 @@ def compare(one: Audit,   # of an encoder
            ) -> Audit:    # other less one, with intervals; its picture shows both
     "Differences of two audits; raises `ConfigError` where they were not made of the same images in the same way."
     for key in ('images_hash', 'policy', 'tells', 'bins', 'seed', 'pairs', 'replicates'):
-        if one.about[key] != other.about[key]:
-            raise ConfigError(key, other.about[key], f'audits of the same images, made alike: {one.about[key]!r}')
-    if list(one.possible) != list(other.possible):
-        raise ConfigError('labels', list(other.possible), f'audits of the same targets: {list(one.possible)!r}')
+        require_value(one.about[key] == other.about[key], key, other.about[key],
+                      f'audits of the same images, made alike: {one.about[key]!r}')
+    require_value(list(one.possible) == list(other.possible), 'labels', list(other.possible),
+                  f'audits of the same targets: {list(one.possible)!r}')
     less = lambda a, b: {k: b[k] - a[k] for k in a}
     return Audit(f'{other.name} less {one.name}', {'one': one.about, 'other': other.about}, one.possible,
                  other.atoms - one.atoms, less(one.invariance, other.invariance), less(one.spread, other.spread),
@@ -298,30 +294,29 @@ def _encoder(where):
     net.pretrained_cfg = dict(mean=seen.mean, std=seen.std)  # as timm keeps them
     return net, model, None, None
 
+_OPTIONS = {
+    'encoders': dict(nargs='+', metavar='ENCODER', help='one or two: the checkpoint folder of a run, pid_cifar10 or '
+                     'barlow_cifar10 (they come with the package), timm:MODEL or torchvision:MODEL'),
+    '--images': dict(help='name of a dataset; default that of the run'),
+    '--policy': dict(help=f"of the views: {', '.join(POLICIES)}; default the dataset's"),
+    '--size': dict(type=int, help='pixels a side; default as in the run, or as stored'),
+    '--tells': dict(default='relation', help='relation, own or all; default relation'),
+    '--pairs': dict(type=int, default=8_000, help='of views to fit heads on; default 8000'),
+    '--seed': dict(type=int, default=0, help='of views, heads and resamples; default 0'),
+    '--split': dict(default='test', help='of the dataset, that is held out; default test'),
+    '--data_dir': dict(help='where datasets are looked for'),
+    '--folder': dict(default='.', type=Path, help='for audit.json and audit.png; default here'),
+}
+
 def command(argv: list | None = None, # default the process's arguments
            ) -> None:
     "`pid_ssl audit`: print the table, write record and picture; raises what `audit` raises."
-    parser = argparse.ArgumentParser('pid_ssl audit', description='Audit encoders on the images of a dataset.')
-    parser.add_argument('encoders', nargs='+', metavar='ENCODER',
-                        help='one or two: the checkpoint folder of a run, pid_cifar10 or '
-                        'barlow_cifar10 (they come with the package), timm:MODEL or torchvision:MODEL')
-    parser.add_argument('--images', help='name of a dataset; default that of the run')
-    parser.add_argument('--policy', help=f"of the views: {', '.join(POLICIES)}; default the dataset's")
-    parser.add_argument('--size', type=int, help='pixels a side; default as in the run, or as stored')
-    parser.add_argument('--tells', default='relation', help='relation, own or all; default relation')
-    parser.add_argument('--pairs', type=int, default=8_000, help='of views to fit heads on; default 8000')
-    parser.add_argument('--seed', type=int, default=0, help='of views, heads and resamples; default 0')
-    parser.add_argument('--split', default='test', help='of the dataset, that is held out; default test')
-    parser.add_argument('--data_dir', help='where datasets are looked for')
-    parser.add_argument('--folder', default='.', type=Path, help='for audit.json and audit.png; default here')
-    given = vars(parser.parse_args(argv))
-    if len(given['encoders']) > 2:
-        raise ConfigError('encoders', given['encoders'], 'one or two')
+    given = read_options(argv, 'pid_ssl audit', 'Audit encoders on the images of a dataset.', _OPTIONS)
+    require_value(len(given['encoders']) < 3, 'encoders', given['encoders'], 'one or two')
     encoders, images, size, folder = (given.pop(k) for k in ('encoders', 'images', 'size', 'folder'))
     found = []
     for encoder, name, side, dataset in map(_encoder, encoders):
-        if not (images or dataset):
-            raise ConfigError('images', images, 'the name of a dataset')
+        require_value(images or dataset, 'images', images, 'the name of a dataset')
         found.append(audit(encoder, images or dataset, name=name, size=size or side, **given))
     result = compare(*found) if len(found) == 2 else found[0]
     result.save(folder/'audit.json')

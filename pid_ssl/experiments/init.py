@@ -10,9 +10,8 @@ import dataclasses, hashlib, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from safetensors.torch import load
-from ..config import Config, ConfigError
-from ..models import build_encoder, load_encoder
-from ..models.weights import WEIGHTS, weights_folder
+from ..config import Config, ConfigError, require_value
+from ..models import WEIGHTS, build_encoder, load_encoder, weights_folder
 from ..records import CheckpointError, checkpoint_folder, load_checkpoint
 
 # %% ../../nbs/experiments/73_init.ipynb #1c78fb45
@@ -40,12 +39,12 @@ class Start:
         if not self.name:
             return
         wanted = build_encoder(config.encoder, config.image_size, channels, config.width).state_dict()
-        for name in (*wanted, *self.weights):
-            have, want = (tuple(some[name].shape) if name in some else None for some in (self.weights, wanted))
-            if have != want:
-                sizes = f'width {config.width}, ' if config.encoder == 'small' else ''
-                raise ConfigError('init', config.init, f'weights of encoder {config.encoder}, {sizes}images of '
-                                  f'{config.image_size} pixels and {channels} channels: {name} is {have}, not {want}')
+        have, want = ({k: tuple(v.shape) for k, v in some.items()} for some in (self.weights, wanted))
+        sizes = f'width {config.width}, ' if config.encoder == 'small' else ''
+        for k in (*want, *have):
+            require_value(have.get(k) == want.get(k), 'init', config.init,
+                          f'weights of encoder {config.encoder}, {sizes}images of {config.image_size} pixels and '
+                          f'{channels} channels: {k} is {have.get(k)}, not {want.get(k)}')
 
 # %% ../../nbs/experiments/73_init.ipynb #243f3ef2
 def _of_file(path):
@@ -56,10 +55,6 @@ def _of_file(path):
     except Exception as e:
         raise CheckpointError(f'{path}: not a safetensors file ({e})') from None
     return {k: v for k, v in tensors.items() if not k.startswith('fc.')}, hashlib.sha256(data).hexdigest(), {}
-
-def _of_folder(folder):
-    encoder, config = load_encoder(folder)
-    return encoder.state_dict(), load_checkpoint(folder)[1]['sha256']['encoder.safetensors'], config
 
 def start_from(config: Config, # whose `init` and `home` count
               ) -> Start:
@@ -76,7 +71,8 @@ def start_from(config: Config, # whose `init` and `home` count
         except CheckpointError:
             raise ConfigError('init', given, 'the id of a finished run whose checkpoint is here, the folder that a run '
                               f"exports, a safetensors file, or {', '.join(WEIGHTS)}") from None
-        weights, sha256, source = _of_folder(folder)
+        encoder, source = load_encoder(folder)
+        weights, sha256 = encoder.state_dict(), load_checkpoint(folder)[1]['sha256']['encoder.safetensors']
     name = given if run or given in WEIGHTS else f'sha256-{sha256[:16]}'
     about = {'name': name if name == given else path.name, 'sha256': sha256}
     return Start(name, weights, about | {k: source[k] for k in ('loss', 'dataset') if k in source}, source)

@@ -6,6 +6,7 @@
 __all__ = ['ATOMS', 'by_beta', 'plot_pair_beta', 'pair_beta_table', 'encoder_audit_table', 'plot_told', 'parameter_table']
 
 # %% ../../nbs/figures/85_two_views.ipynb #8a02bf34
+from collections.abc import Callable
 import numpy as np
 from ..config import LOSS_TABLE, METRICS, TASK_TABLE
 from ..data.parameters import relation_table
@@ -93,16 +94,18 @@ def plot_told(records: list, # of losses with a relation
     return legend_above(fig, axes, ncols=2)
 
 # %% ../../nbs/figures/85_two_views.ipynb #85701d1a
-@tabled
-def parameter_table(records: list, # of one loss with a relation that tells all, under one policy
-                   ):              # pandas DataFrame of text
-    "What each parameter of a view is, and what pairs of views tell of it at the end of training."
-    config, last = records[0].config, [r.history[-1] for r in records]
-    columns = relation_table(config['policy'], 'all')
-    for name in [k for k in columns if f'view1_{k}' in columns]:
-        own, pair = columns[f'view1_{name}'], columns[name]
+def parameter_table(oracle: dict, # what one with the clean image tells, of the same policy
+                   ) -> Callable: # of the records of one loss that tells all; gives a pandas DataFrame of text
+    "What each parameter of a view is, what can be told of it, and what pairs of views tell at the end of training."
+    @tabled
+    def of(records):
+        columns, last = relation_table(records[0].config['policy'], 'all'), [r.history[-1] for r in records]
         size = lambda c: f'{c.entropy:.2f} nats' if c.bit else f'{c.std:.2f}'
         told = lambda key: '{:.2f}'.format(np.mean([row[f'nats_{key}'] for row in last]))
-        yield {'parameter': name, 'kind': 'bit' if own.bit else 'number',
-               'entropy or deviation, of a view': size(own), 'between views': size(pair),
-               'nats told of a view': told(f'view1_{name}'), 'told of what lies between': told(name)}
+        for name in [k for k in columns if f'view1_{k}' in columns]:
+            own = columns[f'view1_{name}']
+            yield {'parameter': name, 'kind': 'bit' if own.bit else 'number',
+                   'entropy or deviation, of a view': size(own), 'between views': size(columns[name]),
+                   'nats told of a view': told(f'view1_{name}'), 'by the oracle': f'{oracle[name][0]:.2f}',
+                   'told of what lies between': told(name), 'by it': f'{oracle[name][1]:.2f}'}
+    return of

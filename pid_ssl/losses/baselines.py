@@ -10,7 +10,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..config import ConfigError
+from ..config import require, require_value
 from .base import SSLLoss, check_integer, check_weight, cross_correlation, off_diagonal, standardise
 
 # %% ../../nbs/losses/52_baselines.ipynb #a73b729a
@@ -27,8 +27,7 @@ class BarlowTwins(SSLLoss):
     def __init__(self,
                  lambda_param: float = 5e-3, # weight of the off-diagonal term; the paper's value
                 ):
-        super().__init__()
-        self.take(lambda_param=lambda_param)
+        super().__init__(lambda_param=lambda_param)
 
     def compute(self, z1, z2):
         return barlow_sums(cross_correlation(standardise(z1), standardise(z2)), self.lambda_param)
@@ -69,8 +68,7 @@ class WMSE(SSLLoss):
                  whitening_iters: int = 1,   # random partitions averaged
                  eps: float = 0.,            # added to the covariance's diagonal
                 ):
-        super().__init__()
-        self.take(whitening_size=whitening_size, whitening_iters=whitening_iters)
+        super().__init__(whitening_size=whitening_size, whitening_iters=whitening_iters)
         self.eps = check_weight('eps', eps)
 
     def parts(self,
@@ -80,9 +78,8 @@ class WMSE(SSLLoss):
         "Random sub-batches, the same rows of every input, each input whitened by itself."
         n, d = zs[0].shape
         size = min(self.whitening_size, n)
-        if size < 2*d:
-            least = f'at least twice the dimension, so from {2*d} (and a batch as large)'
-            raise ConfigError('whitening_size', size, least)
+        require_value(size >= 2*d, 'whitening_size', size,
+                      f'at least twice the dimension, so from {2*d} (and a batch as large)')
         for _ in range(self.whitening_iters):
             order = torch.randperm(n, device=zs[0].device)[:n//size*size]
             for part, rows in enumerate(order.split(size), 1):
@@ -94,15 +91,14 @@ class WMSE(SSLLoss):
                         raise ValueError(f'{name}, sub-batch {part} of {n//size}: {e}') from None
                 yield out
 
-    def compute(self, z1, z2):
-        return self.compute_peers(z1, z2)
-
-    def compute_peers(self, *z):
+    def compute(self, *z):
         # of every sub-batch all pairs of views: with four, the authors' W-MSE 4
         names = tuple(f'view {i}' for i in range(1, len(z) + 1))
         pairs = [pair for part in self.parts(*z, names=names) for pair in itertools.combinations(part, 2)]
         mse = torch.stack([distance(*pair) for pair in pairs]).mean()
         return mse, dict(invariance=mse, cosine=1 - mse/2)
+
+    compute_peers = compute
 
 # %% ../../nbs/losses/52_baselines.ipynb #5114dc72
 class VICReg(SSLLoss):
@@ -112,8 +108,7 @@ class VICReg(SSLLoss):
                  std_coeff: float = 25., # variance
                  cov_coeff: float = 1.,  # covariance
                 ):
-        super().__init__()
-        self.take(sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff)
+        super().__init__(sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff)
 
     def compute(self, z1, z2):
         n, d = z1.shape
@@ -131,8 +126,7 @@ class NTXent(SSLLoss):
     def __init__(self,
                  temperature: float = 0.5, # SimCLR's best for CIFAR-10
                 ):
-        super().__init__()
-        self.take(temperature=temperature)
+        super().__init__(temperature=temperature)
 
     def compute(self, z1, z2):
         n = len(z1)
@@ -158,13 +152,10 @@ class BYOL(SSLLoss):
                                        nn.Linear(hidden, dim))
 
     def compute(self, z1, z2, t1, t2):
-        if t2 is None:
-            raise ValueError("target2: got None; accepted: an (n, d) tensor, BYOL needs the teacher's embedding of both"
-                             ' views')
-        if z1.shape[1] != self.predictor[0].in_features:
-            raise ValueError(f'z1: got {z1.shape[1]} columns; accepted: {self.predictor[0].in_features}, the `dim` of'
-                             ' the predictor')
-        weight = self.predictor[0].weight
-        p1, p2 = self.predictor(torch.cat([z1, z2]).to(weight.dtype)).to(z1.dtype).chunk(2)
+        require(t2 is not None, 'target2', 'got None',
+                "an (n, d) tensor, BYOL needs the teacher's embedding of both views")
+        first, d = self.predictor[0], z1.shape[1]
+        require(d == first.in_features, 'z1', f'got {d} columns', f'{first.in_features}, the `dim` of the predictor')
+        p1, p2 = self.predictor(torch.cat([z1, z2]).to(first.weight.dtype)).to(z1.dtype).chunk(2)
         loss = distance(p1, t2) + distance(p2, t1)
         return loss, dict(invariance=loss, cosine=1 - loss/4)
