@@ -72,8 +72,7 @@ def parts_of(policy: Policy,    # all that is done to a view
     alone = {k: Policy(**frame, **{f: getattr(policy, f) for f in fields}) for k, fields in PARTS.items()}
     colour = () if channels == 3 else ('saturation', 'hue', 'gray')
     deciding = {k: getattr(alone[k], fields[fields[0] == 'jitter']) for k, fields in PARTS.items()}
-    changes = {k: v not in (0, (1., 1.)) and k not in colour for k, v in deciding.items()}
-    return {k: p for k, p in alone.items() if changes[k]}
+    return {k: p for k, p in alone.items() if deciding[k] not in (0, (1., 1.)) and k not in colour}
 
 # %% ../../nbs/evaluate/69_audit.ipynb #ac4e300e
 SIGNS = dict(zip(ATOMS, ('R', 'U1', 'U2', 'S', 'I1', 'I2', 'I12')))
@@ -147,20 +146,13 @@ def _target_bits(reader, images, labels, views, targets, tells, pairs, seed):
         *read[s], values = told_features(reader, x, views, draws[s], tells)
         codes = [t.cell(values[k]) if k in values else labels[s].repeat(draws[s]) for k, t in targets.items()]
         cells[s] = torch.stack(codes, 1)
-    order = torch.arange(len(images['fit'])).repeat(draws['fit'])
-    check = order >= 0.8*len(images['fit'])
+    check = torch.arange(len(images['fit'])).repeat(draws['fit']) >= 0.8*len(images['fit'])
     priors, held = [t.prior for t in targets.values()], []
     for j, which in enumerate((slice(0, 1), slice(1, 2), slice(0, 2))):
         mine, others = (read[s][which] for s in ('fit', 'held'))
         bits = held_out_bits(mine, cells['fit'], others, cells['held'], priors, check, seed=seed + j)
         held.append(bits.view(draws['held'], -1, len(targets)).mean(0))
-    n = len(images['held'])
-    return torch.stack(held, -1), [h[:n] for h in read['held']]
-
-def _cosine(clean, h):
-    # of each image, with the mean over images taken away
-    centre = clean.mean(0)
-    return F.cosine_similarity(clean - centre, h - centre).double()
+    return torch.stack(held, -1), [h[:len(images['held'])] for h in read['held']]
 
 def _spread(clean, h1, h2, resample):
     # measures of the features of held-out images
@@ -249,7 +241,9 @@ def audit(encoder: nn.Module,            # maps images to features: any; it is n
         for part, alone in parts_of(policy, channels).items():
             views.policy = alone
             view = told_features(reader, images['held'], views, 1, tells)[0]
-            invariance[part] = resample(_cosine(clean, view))
+            # with the mean over images taken away
+            alike = F.cosine_similarity(clean - clean.mean(0), view - clean.mean(0))
+            invariance[part] = resample(alike.double())
     digest = hashlib.sha256(b''.join(x.numpy().tobytes() for x in images.values())).hexdigest()
     drawn = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(policy).items()}
     about = dict(policy=drawn, tells=tells, bins=bins, seed=seed, pairs=pairs, side=side,
