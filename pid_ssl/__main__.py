@@ -23,6 +23,7 @@ VERBS = {
     'embed': Verb('experiments.embed', 'Write the features of images to a Parquet file.'),
     'controlled': Verb('experiments.controlled', 'Run an arm of the controlled benchmark and record it.'),
     'sweep': Verb('experiments.sweep', 'Make every run of a sweep file that has no finished record.'),
+    'gpu': Verb('experiments.gpu', 'Go on with the list of runs that need a CUDA GPU, as far as the time goes.'),
     'reproduce': Verb('paper.reproduce', 'Make the records behind a figure again and compare every number.'),
     'report': Verb('paper.report', 'Print notebooks, figures and reference as one page.'),
     'copies': Verb('data.copies', 'Make a dataset folder from the checkout of its source.'),

@@ -6,9 +6,8 @@
 __all__ = ['setting', 'Checked', 'kind_of', 'accepted', 'check', 'grouped']
 
 # %% ../../nbs/config/03_fields.ipynb #dd4a0747
-import dataclasses, math, re
-from dataclasses import dataclass
-from .errors import ConfigError
+import contextlib, dataclasses, math, re
+from .errors import require_value
 
 # %% ../../nbs/config/03_fields.ipynb #d9203805
 def setting(default: object,                # None leaves the value to a preset, a task or the machine
@@ -28,7 +27,7 @@ def setting(default: object,                # None leaves the value to a preset,
                  changes_result=changes_result, absent=absent, group=group)
     return dataclasses.field(default=default, metadata=about | more)
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Checked:
     "Base of configs: every value is checked when the config is made."
     def __post_init__(self):
@@ -51,12 +50,9 @@ def accepted(f: dataclasses.Field, # of a config
         return 'True or False'
     if kind is str:
         return 'a name of letters, digits, . _ - (no path)' if m['pattern'] else 'text'
-    words = 'an integer' if kind is int else 'a number'
-    if m['lo'] is not None:
-        words += f" from {m['lo']:,}"
-    if m['hi'] is not None:
-        words += f" to {m['hi']:,}"
-    return words + (', or None for the preset\'s value' if f.default is None else '')
+    limits = [f' {word} {m[end]:,}' for word, end in (('from', 'lo'), ('to', 'hi')) if m[end] is not None]
+    return ''.join(['an integer' if kind is int else 'a number', *limits,
+                    ", or None for the preset's value" if f.default is None else ''])
 
 def check(f: dataclasses.Field, # of a config
           value: object,        # what was given
@@ -66,12 +62,9 @@ def check(f: dataclasses.Field, # of a config
     if value is None and f.default is None:
         return None
     if kind is float and type(value) is int:
-        try:
+        with contextlib.suppress(OverflowError):  # then it is no number of that type
             value = float(value)
-        except OverflowError:
-            raise ConfigError(f.name, given, accepted(f)) from None
-    if type(value) is not kind or not _fits(f.metadata, value):
-        raise ConfigError(f.name, given, accepted(f))
+    require_value(type(value) is kind and _fits(f.metadata, value), f.name, given, accepted(f))
     return value
 
 def _fits(m, value):

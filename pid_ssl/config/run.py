@@ -7,15 +7,14 @@ __all__ = ['PRESETS', 'POLICIES_BY_DATASET', 'Config', 'reads', 'step_images', '
 
 # %% ../../nbs/config/05_run.ipynb #14574c26
 import dataclasses
-from dataclasses import dataclass, make_dataclass
-from .errors import ConfigError
+from .errors import require_value
 from .fields import Checked, setting
-from .tables import KNOBS, LOSS_NAMES, LOSS_TABLE, PID_LOSSES, By, losses_with
+from .tables import KNOBS, LOSS_NAMES, LOSS_TABLE, PID_LOSSES, By
 
 # %% ../../nbs/config/05_run.ipynb #b41828ef
 _NAME = r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}'
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Run(Checked):
     loss: str = setting('pid', 'objective', choices=LOSS_NAMES, group='What one changes first')
     dataset: str = setting('digits', 'digits, cifar10, cifar100, stl10, tiny_imagenet, imagenette, svhn, gtsrb, '
@@ -51,7 +50,7 @@ class _Run(Checked):
     amp: str = setting('auto', 'bfloat16 autocast; auto: on CUDA only', choices=('auto', 'on', 'off'))
 
 # %% ../../nbs/config/05_run.ipynb #26906849
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Machine(Checked):
     device: str = setting('auto', 'auto takes CUDA when there is one', choices=('auto', 'cpu', 'cuda', 'mps'),
                           changes_result=False, group='Machine: none of these changes the result')
@@ -73,11 +72,11 @@ class _Machine(Checked):
     download: bool = setting(False, 'let torchvision download a dataset that is not there', changes_result=False)
     force: bool = setting(False, 'run again although a finished record exists', changes_result=False)
 
-_knobs = [(k.name, k.type, setting(k.default, **{**k.metadata, 'readers': losses_with(k.name)}))
-          for k in KNOBS.values()]
-_Knobs = make_dataclass('_Knobs', _knobs, bases=(Checked,), frozen=True)
+_readers = {k: tuple(name for name, row in LOSS_TABLE.items() if k in row.names()) for k in KNOBS}
+_knobs = [(k.name, k.type, setting(k.default, **{**k.metadata, 'readers': _readers[k.name]})) for k in KNOBS.values()]
+_Knobs = dataclasses.make_dataclass('_Knobs', _knobs, bases=(Checked,), frozen=True)
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config(_Machine, _Knobs, _Run):  # dataclasses take the fields of the last base first
     "Everything a run can be told. `None` leaves a field to the preset; see `resolve`."
 
@@ -111,7 +110,8 @@ def preset_values(preset: str,    # digits, cpu or gpu
     "The values that a preset gives to the fields left open."
     knobs = {name: k.metadata['presets'] for name, k in KNOBS.items() if k.metadata['presets'] is not None}
     own = LOSS_TABLE[loss].presets if loss else {}
-    return {**_COMMON, **_SIZES[preset], **{k: By.at(v, preset) for k, v in {**knobs, **own}.items()}}
+    values = {k: getattr(v, preset) if isinstance(v, By) else v for k, v in {**knobs, **own}.items()}
+    return {**_COMMON, **_SIZES[preset], **values}
 
 PRESETS = {preset: preset_values(preset) for preset in By._fields}
 # a mirrored digit or sign is another one; everything else: cifar
@@ -122,9 +122,8 @@ def resolve(config: Config,            # validated, fields may be None
             device_class: str = 'cpu', # 'cpu', 'cuda' or 'mps': what the run will use
            ) -> Config:                # no field that changes the result is None
     "Fill in every field left to the preset and check the fields against each other; raises `ConfigError`."
-    preset = config.preset
-    if preset == 'auto':
-        preset = 'digits' if config.dataset == 'digits' else 'gpu' if device_class == 'cuda' else 'cpu'
+    usual = 'digits' if config.dataset == 'digits' else 'gpu' if device_class == 'cuda' else 'cpu'
+    preset = usual if config.preset == 'auto' else config.preset
     filled = {k: v for k, v in preset_values(preset, config.loss).items() if getattr(config, k) is None}
     if config.policy == 'auto':
         filled['policy'] = POLICIES_BY_DATASET.get(config.dataset, 'cifar')
@@ -133,8 +132,7 @@ def resolve(config: Config,            # validated, fields may be None
         # a preset's length is one in image passes
         out = dataclasses.replace(out, epochs=max(1, 2*out.epochs//out.views))
     for name, wrong, words in _disagreements(out):
-        if wrong:
-            raise ConfigError(name, getattr(out, name), words)
+        require_value(not wrong, name, getattr(out, name), words)
     return out
 
 def _disagreements(c):
@@ -165,14 +163,11 @@ def _disagreements(c):
 def identity(config: Config, # resolved
             ) -> dict:       # the part that the run id is made from
     "The fields that change the result, less those at their default or at what runs did before the field existed."
-    out = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        # `preset` only fills fields in: what it filled in is what counts
-        counts = f.metadata['changes_result'] and f.name != 'preset' and reads(config, f.name)
-        if counts and value not in (f.default, f.metadata['absent']):
-            out[f.name] = value
-    return out
+    # `preset` only fills fields in: what it filled in is what counts
+    counts = [f for f in dataclasses.fields(config)
+              if f.metadata['changes_result'] and f.name != 'preset' and reads(config, f.name)]
+    values = {f.name: getattr(config, f.name) for f in counts}
+    return {f.name: values[f.name] for f in counts if values[f.name] not in (f.default, f.metadata['absent'])}
 
 def unread(config: Config, # before or after `resolve`
           ) -> list:       # names of fields set by the user that the loss ignores

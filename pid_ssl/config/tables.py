@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSS_TABLE', 'KNOBS', 'LOSS_NAMES', 'PID_LOSSES', 'TASK_TABLE', 'METRICS', 'ACCURACIES', 'By', 'knob', 'by_hand',
-           'Loss', 'losses_with', 'check_knob', 'Task', 'tasks_that_read', 'Metric', 'metric_end', 'main_metrics']
+           'Loss', 'check_knob', 'Task', 'tasks_that_read', 'Metric', 'metric_end', 'main_metrics']
 
 # %% ../../nbs/config/04_tables.ipynb #d75a2f5b
 import re
@@ -18,13 +18,6 @@ class By(NamedTuple):
     digits: object # in the embedded demonstration
     cpu: object    # in an hour on a CPU
     gpu: object    # on a GPU
-
-    @staticmethod
-    def at(value: object, # shared by all presets, or a `By`
-           preset: str,   # a name
-          ) -> object:
-        "The value in a preset."
-        return getattr(value, preset) if isinstance(value, By) else value
 
 def knob(name: str,              # the field of `Config`, and the argument of the loss
          kind: type,             # str, int, float or bool
@@ -181,11 +174,6 @@ _own = [k for row in LOSS_TABLE.values() for k in row.listed() if isinstance(k, 
 KNOBS = {k.name: k for k in [*_KNOBS, *_own]}
 LOSS_NAMES = tuple(LOSS_TABLE)
 PID_LOSSES = tuple(k for k, row in LOSS_TABLE.items() if row.baseline)
-
-def losses_with(knob: str, # its name
-               ) -> tuple: # names of losses
-    "The losses that have a knob."
-    return tuple(k for k, row in LOSS_TABLE.items() if knob in row.names())
 
 def check_knob(name: str,     # of `KNOBS`
                value: object, # what a loss was given

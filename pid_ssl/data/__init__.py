@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import torch
-from ..config import ConfigError, project_root
-from .images import CHUNK, DataError, Source
+from ..config import project_root, require_value
+from .images import CHUNK, DataError, Source, expect
 from .sources import data_folders, open_source
 from .stream import image_limit, mapped_images
 from .table import DATASETS, NOTES, dataset_table
@@ -77,18 +77,14 @@ def split_indices(labels: np.ndarray,    # (n,) class of each image
                  ) -> tuple:             # two sorted index arrays
     "Stratified split with the fixed seed; raises `DataError` when there are too few images, or too few of a class."
     n, (found, counts) = len(labels), np.unique(labels, return_counts=True)
-    cannot, k = f'{what}: cannot split {n} images of {len(found)} classes', len(found)
-    if counts.min() < 2:
-        rare = dict(enumerate(names)).get(found[counts.argmin()], found[counts.argmin()])
-        raise DataError(f'{cannot}: class {rare} has 1 image; accepted: at least 2 images of each class')
+    k, rare = len(found), found[counts.argmin()]
+    cannot, rare = f'cannot split {n} images of {k} classes', dict(enumerate(names)).get(rare, rare)
+    expect(counts.min() > 1, f'{what}: {cannot}', f'class {rare} has 1 image', 'at least 2 images of each class')
     parts = lambda m: (m - math.ceil(share*m), math.ceil(share*m)) if share < 1 else (m - share, share)
-    if min(parts(n)) < k:
-        accepted = f'{k} to {n - k} images in the second part'
-        if share < 1:
-            least = next(m for m in itertools.count(n) if min(parts(m)) >= k)
-            accepted = f'at least {least} images'
-        sizes = '{} and {}'.format(*parts(n))
-        raise DataError(f'{cannot} into {sizes}, fewer images than classes; accepted: {accepted}')
+    (first, second), accepted = parts(n), f'{k} to {n - k} images in the second part'
+    if share < 1:
+        accepted = 'at least {} images'.format(next(m for m in itertools.count(n) if min(parts(m)) >= k))
+    expect(min(first, second) >= k, what, f'{cannot} into {first} and {second}, fewer images than classes', accepted)
     from sklearn.model_selection import train_test_split  # takes a second to load
     first, second = train_test_split(np.arange(n), test_size=share, stratify=labels, random_state=SPLIT_SEED)
     return np.sort(first), np.sort(second)
@@ -125,16 +121,15 @@ def _rows(source, name, train_size):
     train, val = rest[train], rest[val]
     if train_size:
         least, most = len(np.unique(labels[train])), len(train) + more
-        if not least <= train_size <= most:
-            raise ConfigError('train_size', train_size, f'from {least} to {most}, from an image a class '
-                              f'to what {name} leaves after validation; 0 for all')
+        require_value(least <= train_size <= most, 'train_size', train_size, f'from {least} to {most}, from an image '
+                      f'a class to what {name} leaves after validation; 0 for all')
         more = max(0, train_size - len(train))
         if train_size < len(train):
             train = train[_subset(labels[train], train_size, source.names)]
     # unlabelled images have no order of their own: the first ones, spread over the file
     unlabelled = np.linspace(0, source.unlabelled - 1, more).round().astype(np.int64) if more else np.arange(0)
-    stored = {'train': ('train', train), 'val': ('train', val), 'test': ('train' if held is None else 'test', test)}
-    return stored, unlabelled
+    return {'train': ('train', train), 'val': ('train', val),
+            'test': ('train' if held is None else 'test', test)}, unlabelled
 
 # %% ../../nbs/data/30_data.ipynb #d084dca1
 def _in_memory(chunks, shape):
@@ -161,7 +156,7 @@ def load_dataset(name: str,                    # in `DATASETS`, or of a Parquet 
     y = {s: torch.from_numpy(source.labels[at][r]) for s, (at, r) in rows.items() if source.labelled}
     parts = {s: [r] for s, r in rows.items()}
     if len(unlabelled):
-        parts = {'pretrain': [rows['train'], ('unlabelled', unlabelled)], 'val': [rows['val']], 'test': [rows['test']]}
+        parts = {'pretrain': [*parts.pop('train'), ('unlabelled', unlabelled)], **parts}
     side, content = image_size or source.side(), source.content_hash
     shapes = {s: (sum(len(r) for _, r in p), source.channels, side, side) for s, p in parts.items()}
     keep = sum(math.prod(v) for v in shapes.values()) <= image_limit(data_memory)
@@ -170,10 +165,10 @@ def load_dataset(name: str,                    # in `DATASETS`, or of a Parquet 
         chunks = lambda: itertools.chain(*(source.chunks(at, r, side) for at, r in parts[s]))
         if keep:
             images[s] = _in_memory(chunks(), shape)
-            continue
-        chosen = hashlib.sha256(b''.join(r.tobytes() for _, r in parts[s])).hexdigest()
-        about = dict(content_hash=content, split=s, rows=chosen)
-        images[s] = mapped_images(cache/f'{content[:16]}-{s}-{side}px-{shape[0]}', about, shape, chunks)
+        else:
+            chosen = hashlib.sha256(b''.join(r.tobytes() for _, r in parts[s])).hexdigest()
+            about = dict(content_hash=content, split=s, rows=chosen)
+            images[s] = mapped_images(cache/f'{content[:16]}-{s}-{side}px-{shape[0]}', about, shape, chunks)
     if len(unlabelled):
         images['train'] = images['pretrain'][:len(rows['train'][1])]
     classes = 1 + max((int(v.max()) for v in y.values()), default=-1)

@@ -6,19 +6,18 @@
 __all__ = ['build_copy', 'OtherBytes', 'command']
 
 # %% ../../nbs/data/38_copies.ipynb #8953231b
-import argparse, json, random
+import json, random
 from pathlib import Path
-from ..config import ConfigError, project_root
-from .images import DataError, file_hash
+from ..config import project_root, read_options, require_value
+from .images import DataError, expect, file_hash
 from .table import COPIES
 
 # %% ../../nbs/data/38_copies.ipynb #0a9f1486
 def _labels(checkout):
     # split -> {path below the checkout: class}
-    found = {}
-    for split in ('train', 'test'):
-        images = [p.relative_to(checkout) for p in (checkout/split).rglob('*') if p.suffix.lower() in ('.jpg', '.jpeg')]
-        found[split] = {p.as_posix(): p.parts[1] for p in images}
+    images = [p.relative_to(checkout) for split in ('train', 'test') for p in (checkout/split).rglob('*')
+              if p.suffix.lower() in ('.jpg', '.jpeg')]
+    found = {split: {p.as_posix(): p.parts[1] for p in images if p.parts[0] == split} for split in ('train', 'test')}
     annotations = checkout/'val'/'val_annotations.txt'
     if annotations.is_file():  # its own test has no labels
         rows = (line.split('\t')[:2] for line in annotations.read_text().splitlines())
@@ -46,14 +45,12 @@ def build_copy(name: str,                        # in `COPIES`
               ) -> dict:                         # split -> whether the file is, byte for byte, the one of the records
     "Make a dataset's Parquet files; raises `ConfigError` for another name, `DataError` where images are missing."
     import pyarrow, pyarrow.parquet
-    if name not in COPIES:
-        raise ConfigError('name', name, ', '.join(COPIES))
+    require_value(name in COPIES, 'name', name, ', '.join(COPIES))
     copy, checkout, folder = COPIES[name], Path(checkout), Path(folder or project_root()/'data'/'datasets'/name)
     found, same = _labels(checkout), {}
     for split, n in copy.images.items():
-        if len(found[split]) != n:
-            raise DataError(f'{checkout}: {len(found[split])} images for {split}; '
-                            f'accepted: a checkout of {copy.repository} at {copy.commit}, which has {n}')
+        expect(len(found[split]) == n, checkout, f'{len(found[split])} images for {split}',
+               f'a checkout of {copy.repository} at {copy.commit}, which has {n}')
     folder.mkdir(parents=True, exist_ok=True)
     for split, labels in found.items():
         try:
@@ -78,11 +75,10 @@ class OtherBytes(RuntimeError):
 def command(argv: list | None = None, # default the process's arguments
            ) -> None:
     "`pid_ssl copies`; raises what `build_copy` raises, and `OtherBytes` where a file is not the one of the records."
-    about = 'Make a dataset folder from the checkout of its source.'
-    parser = argparse.ArgumentParser('pid_ssl copies', description=about)
-    parser.add_argument('name', help=', '.join(COPIES))
-    parser.add_argument('checkout', help='folder of the repository at its commit')
-    parser.add_argument('folder', nargs='?', help='for the Parquet files; default data/datasets/NAME')
-    other = [split for split, same in build_copy(**vars(parser.parse_args(argv))).items() if not same]
+    given = read_options(argv, 'pid_ssl copies', 'Make a dataset folder from the checkout of its source.',
+                         {'name': dict(help=', '.join(COPIES)),
+                          'checkout': dict(help='folder of the repository at its commit'),
+                          'folder': dict(nargs='?', help='for the Parquet files; default data/datasets/NAME')})
+    other = [split for split, same in build_copy(**given).items() if not same]
     if other:
         raise OtherBytes(f"not the bytes of the records: {', '.join(other)}")

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from ..config import ConfigError
+from ..config import require_value
 from . import Dataset, data_folders
 from .parquet import open_parquet
-from .images import DataError, decode, file_hash, rgb, upright
+from .images import DataError, decode, expect, file_hash, rgb, upright
 
 # %% ../../nbs/data/36_dense.ipynb #b820069f
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class DetectionData(Dataset):
 # %% ../../nbs/data/36_dense.ipynb #38f32577
 VOC_CLASSES = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable',
                'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
+_SPLITS, _FILES = ('train', 'val', 'test'), 'holding train.parquet, val.parquet and test.parquet'
 _CAMVID = ('sky', 'building', 'pole', 'road', 'pavement', 'tree', 'sign', 'fence', 'car', 'pedestrian', 'bicyclist')
 # name -> (note printed beside every number, classes of masks, classes of boxes)
 DENSE = {'camvid-240': ('CamVid at 240x180 (halved, JPEG copy)', _CAMVID, ()),
@@ -48,8 +49,12 @@ DENSE = {'camvid-240': ('CamVid at 240x180 (halved, JPEG copy)', _CAMVID, ()),
          'voc': ('Pascal VOC', (), VOC_CLASSES),
          'digit-scenes': ('drawn digit scenes', ('background', 'zero', 'one'), ('zero', 'one'))}
 
-def _names(folder, classes, which):
-    # the names of the classes, and the set in words
+def _names(name, data_dir, classes, which):
+    # the folder of a set, the names of its classes, and the set in words
+    folders = data_folders(data_dir)
+    folder = next((at/name for at in folders if (at/name).is_dir()), None)
+    expect(folder, 'dataset', f'got {name!r}, with no folder of that name', f'a folder {name}/ {_FILES} under '
+           f"{' or '.join(map(str, folders))} (set data_dir or $PID_SSL_DATA)")
     note, *known = DENSE.get(folder.name, (folder.name, (), ()))
     found, path = tuple(classes or known[which]), folder/'classes.txt'
     if not found:
@@ -61,33 +66,22 @@ def _names(folder, classes, which):
         except (OSError, UnicodeDecodeError) as e:
             fault = 'no such file' if isinstance(e, FileNotFoundError) else f'cannot be read ({e})'
             raise DataError(f'{path}: {fault}; accepted: {wanted}') from None
-        if not all(found) or len(set(found)) < len(found) or not 0 < len(found) < 255:
-            raise DataError(f"{path}: {len(found)} lines, {len(set(found) - {''})} different names; accepted: {wanted}")
-    return found, note
+        fits = all(found) and len(set(found)) == len(found) and 0 < len(found) < 255
+        expect(fits, path, f"{len(found)} lines, {len(set(found) - {''})} different names", wanted)
+    return folder, found, note
 
 # %% ../../nbs/data/36_dense.ipynb #34f169ed
-_SPLITS, _FILES = ('train', 'val', 'test'), 'holding train.parquet, val.parquet and test.parquet'
-
-def _folder(name, data_dir):
-    for folder in data_folders(data_dir):
-        if (folder/name).is_dir():
-            return folder/name
-    raise DataError(f'dataset: got {name!r}, with no folder of that name; accepted: a folder {name}/ {_FILES} under '
-                    f"{' or '.join(map(str, data_folders(data_dir)))} (set data_dir or $PID_SSL_DATA)")
-
 def _rows(folder, columns, names):
     # split -> (file, rows as dicts); the hash of the content
     out, hashes, listed = {}, '', ', '.join(columns)
     for split in _SPLITS:
         path = folder/f'{split}.parquet'
-        if not path.is_file():
-            raise DataError(f'{path}: no such file; accepted: a folder {folder.name}/ {_FILES}')
+        expect(path.is_file(), path, 'no such file', f'a folder {folder.name}/ {_FILES}')
         with open_parquet(path, 'Parquet file', listed) as file:
             rows = file.read(columns=list(columns)).to_pylist()
-        if not rows:
-            raise DataError(f'{path}: no rows; accepted: at least one image')
-        if missing := [c for c in columns if c not in rows[0]]:
-            raise DataError(f'{path}: no column {missing[0]!r}; accepted: {listed}')
+        expect(rows, path, 'no rows', 'at least one image')
+        for c in columns:
+            expect(c in rows[0], path, f'no column {c!r}', listed)
         out[split], hashes = (path, rows), hashes + file_hash(path)
     # of a set that is not known by its name, the class names are content too
     content = hashes if folder.name in DENSE else '\n'.join([hashes, *names])
@@ -115,10 +109,6 @@ def _mask(where, cell):
         raise DataError(f'{where} has the pixel format {im.mode}; accepted: 8 bits a pixel, the value being the class')
     return np.asarray(im)
 
-def _sequence(cell, row):
-    # CamVid/test/Seq05VD_f05070.png -> Seq05VD; without a path every frame stands alone
-    return Path(cell.get('path') or '').stem.rpartition('_')[0] or str(row)
-
 # %% ../../nbs/data/36_dense.ipynb #8ac878ce
 def _frames(path, rows, classes, size):
     # images and masks of a split; the first image decides the size of all
@@ -126,8 +116,7 @@ def _frames(path, rows, classes, size):
         im, mask = _picture(f'{path}: img of row {i}', row['img']), _mask(f'{path}: mask of row {i}', row['mask'])
         w, h = size = size or im.size
         for what, have, why in (('img', im.size, 'as the first'), ('mask', mask.shape[::-1], 'the size of its image')):
-            if have != size:
-                raise DataError(f'{path}: {what} of row {i} is {have[0]}x{have[1]}; accepted: {w}x{h}, {why}')
+            expect(have == size, path, f'{what} of row {i} is {have[0]}x{have[1]}', f'{w}x{h}, {why}')
         if not i:
             images, masks = (np.empty((len(rows), *shape, h, w), np.uint8) for shape in ((3,), ()))
         images[i], masks[i] = np.asarray(im).transpose(2, 0, 1), mask
@@ -136,8 +125,7 @@ def _frames(path, rows, classes, size):
         i = np.nonzero(masks > classes)[0][0]
         raise DataError(f'{path}: mask of row {i} has the value {masks[i].max()}; '
                         f'accepted: 0 to {classes - 1}, and {classes} or 255 for unlabelled')
-    if masks.min() == classes:
-        raise DataError(f'{path}: no labelled pixel; accepted: masks with values 0 to {classes - 1}')
+    expect(masks.min() < classes, path, 'no labelled pixel', f'masks with values 0 to {classes - 1}')
     return torch.from_numpy(images), torch.from_numpy(masks)
 
 def load_segmentation(name: str = 'camvid-240',     # of the folder
@@ -145,13 +133,14 @@ def load_segmentation(name: str = 'camvid-240',     # of the folder
                       classes: tuple | None = None, # names; default those of `DENSE`, else of the folder's classes.txt
                      ) -> SegmentationData:         # train, val and test
     "Read a segmentation set; raises `DataError` naming file, row and what is wrong."
-    folder = _folder(name, data_dir)
-    names, note = _names(folder, classes, 0)
+    folder, names, note = _names(name, data_dir, classes, 0)
     tables, digest = _rows(folder, ('img', 'mask'), names)
     images, masks, sequences, size = {}, {}, {}, None
     for split, (path, rows) in tables.items():
         images[split], masks[split] = _frames(path, rows, len(names), size)
-        sequences[split] = [_sequence(row['img'], i) for i, row in enumerate(rows)]
+        # CamVid/test/Seq05VD_f05070.png -> Seq05VD; without a path every frame stands alone
+        stems = [Path(row['img'].get('path') or '').stem for row in rows]
+        sequences[split] = [stem.rpartition('_')[0] or str(i) for i, stem in enumerate(stems)]
         size = tuple(images['train'].shape[:1:-1])
     _unseen({s: set(m.unique().tolist()) - {len(names)} for s, m in masks.items()}, names, folder)
     return SegmentationData(name, note, images, masks, len(names), digest, names, sequences)
@@ -166,20 +155,17 @@ def _boxes(where, row, size, classes):
         raise DataError(f'{where}: boxes or labels cannot be read as numbers; '
                         'accepted: boxes of four numbers each, one label a box, none missing') from None
     w, h = size
-    if (row['width'], row['height']) != size:
-        raise DataError(f"{where}: width and height are {row['width']}x{row['height']}, the image is {w}x{h}; "
-                        'accepted: its own size')
-    if y.shape != (len(b),):
-        raise DataError(f'{where}: {len(b)} boxes and {y.size} labels; accepted: one label a box')
+    expect((row['width'], row['height']) == size, where,
+           f"width and height are {row['width']}x{row['height']}, the image is {w}x{h}", 'its own size')
+    expect(y.shape == (len(b),), where, f'{len(b)} boxes and {y.size} labels', 'one label a box')
     if len(b) and b.max() <= 1:
         raise DataError(f'{where}: boxes within one pixel, such as {b[0].tolist()}; '
                         'accepted: pixels, not shares of a side')
     for box, label in zip(b, y):
         x0, y0, x1, y1 = box
-        if not (0 <= x0 < x1 <= w and 0 <= y0 < y1 <= h):
-            raise DataError(f'{where}: box {box.tolist()}; accepted: xmin < xmax and ymin < ymax inside {w}x{h}')
-        if label not in range(classes):
-            raise DataError(f'{where}: label {label:g}; accepted: 0 to {classes - 1}')
+        expect(0 <= x0 < x1 <= w and 0 <= y0 < y1 <= h, where, f'box {box.tolist()}',
+               f'xmin < xmax and ymin < ymax inside {w}x{h}')
+        expect(label in range(classes), where, f'label {label:g}', f'0 to {classes - 1}')
     return b, y.astype(np.int64)
 
 def _fitted(im, boxes, shape):
@@ -199,10 +185,9 @@ def load_detection(name: str = 'bccd',           # of the folder
                    classes: tuple | None = None, # names; default those of `DENSE`, else of the folder's classes.txt
                   ) -> DetectionData:            # train, val and test; boxes in pixels of the fitted images
     "Read a detection set; raises `DataError` naming file, row and what is wrong. Images without boxes stay."
-    if len(image_size) != 2 or min(image_size) < 16:
-        raise ConfigError('image_size', image_size, 'height and width from 16 pixels')
-    folder = _folder(name, data_dir)
-    names, note = _names(folder, classes, 1)
+    require_value(len(image_size) == 2 and min(image_size) >= 16, 'image_size', image_size,
+                  'height and width from 16 pixels')
+    folder, names, note = _names(name, data_dir, classes, 1)
     tables, digest = _rows(folder, ('img', 'boxes', 'labels', 'width', 'height'), names)
     images, boxes, labels = {}, {s: [] for s in _SPLITS}, {s: [] for s in _SPLITS}
     for split, (path, rows) in tables.items():
@@ -213,8 +198,7 @@ def load_detection(name: str = 'bccd',           # of the folder
             images[split][i], fitted = _fitted(im, b, image_size)
             boxes[split].append(fitted)
             labels[split].append(torch.from_numpy(y))
-        if not any(map(len, boxes[split])):
-            raise DataError(f'{path}: no boxes in {len(rows)} images; accepted: at least one box in a split')
+        expect(any(map(len, boxes[split])), path, f'no boxes in {len(rows)} images', 'at least one box in a split')
     _unseen({s: set(torch.cat(y).tolist()) for s, y in labels.items()}, names, folder)
     return DetectionData(name, note, images, labels, len(names), digest, names, boxes)
 
@@ -279,18 +263,16 @@ def write_voc(dataset: Iterable,  # torchvision's VOCDetection: items (image, an
     "Convert a split of Pascal VOC; raises `DataError` naming an object of unknown class."
     rows, skipped = [], 0
     for file, (_, target) in zip(dataset.images, dataset):
-        about, boxes, labels = target['annotation'], [], []
-        for thing in about.get('object', []):
-            if thing['name'] not in VOC_CLASSES:
-                raise DataError(f"{file}: object {thing['name']!r}; accepted: {', '.join(VOC_CLASSES)}")
-            if thing.get('difficult') == '1':
-                skipped += 1
-                continue
-            xmin, ymin, xmax, ymax = (float(thing['bndbox'][k]) for k in ('xmin', 'ymin', 'xmax', 'ymax'))
-            boxes.append([xmin - 1, ymin - 1, xmax, ymax])
-            labels.append(VOC_CLASSES.index(thing['name']))
+        about, things = target['annotation'], target['annotation'].get('object', [])
+        for thing in things:
+            expect(thing['name'] in VOC_CLASSES, file, f"object {thing['name']!r}", ', '.join(VOC_CLASSES))
+        kept = [thing for thing in things if thing.get('difficult') != '1']
+        skipped += len(things) - len(kept)
+        # VOC counts pixels from 1
+        corners = [[float(t['bndbox'][k]) for k in ('xmin', 'ymin', 'xmax', 'ymax')] for t in kept]
+        boxes = [[x0 - 1, y0 - 1, x1, y1] for x0, y0, x1, y1 in corners]
         cell, size = {'bytes': Path(file).read_bytes(), 'path': Path(file).name}, about['size']
-        rows.append({'img': cell, 'boxes': boxes, 'labels': labels,
+        rows.append({'img': cell, 'boxes': boxes, 'labels': [VOC_CLASSES.index(t['name']) for t in kept],
                      'width': int(size['width']), 'height': int(size['height'])})
     write_dense(path, rows)
     return skipped

@@ -9,11 +9,12 @@ __all__ = ['parquet_files', 'shards', 'open_parquet', 'Shard', 'parquet_source']
 import hashlib, json, os, re, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 import numpy as np
-from .images import CHUNK, DataError, Source, check_class_numbers, file_hash, image_source
+from .files import is_hidden, listing, measured, split_of
+from .images import CHUNK, DataError, Source, check_class_numbers, expect, file_hash, image_source
 from .table import COPIES, NOTES
-from .splits import is_hidden, listing, measured, split_of
 
 # %% ../../nbs/data/33_parquet.ipynb #70798443
 _FILE = re.compile(r'([a-z]+)(?:-(\d{5})-of-(\d{5})(?:-\w+)?)?\.parquet', re.I)
@@ -39,12 +40,11 @@ def shards(folder: Path, # that holds Parquet files
     (known, other), out = parquet_files(folder), {}
     for at, _, of, _ in known:
         split, found = split_of(at.name), [(i, path) for place, i, _, path in known if place == at]
-        if out.setdefault(split, (at, [path for _, path in found]))[0] != at:
-            raise DataError(f'{folder}: {out[split][0]} and {at} both stand for {split}; accepted: one of them')
-        if [i for i, _ in found] != list(range(of)):
-            have = ', '.join(f'{i:05d}' for i, _ in found[:8])
-            raise DataError(f'{at.parent}: {len(found)} of {of} shards of {at.name} ({have}); '
-                            'accepted: each of them once')
+        first, _ = out.setdefault(split, (at, [path for _, path in found]))
+        expect(first == at, folder, f'{first} and {at} both stand for {split}', 'one of them')
+        have = ', '.join(f'{i:05d}' for i, _ in found[:8])
+        expect([i for i, _ in found] == list(range(of)), at.parent,
+               f'{len(found)} of {of} shards of {at.name} ({have})', 'each of them once')
     if other:
         warnings.warn(f'{folder}: {len(other)} Parquet files of no split skipped (such as {other[0]})')
     return out
@@ -73,20 +73,11 @@ def _columns(path, schema):
     from pyarrow.types import is_struct
     known, accepted = (('img', 'image'), ('label', 'fine_label')), 'struct<bytes, path>, label integer'
     image, label = (next((n for n in some if n in schema.names), None) for some in known)
-    if image is None:
-        have = ', '.join(schema.names) or 'none'
-        raise DataError(f'{path}: column img is missing among {have}; accepted: img or image {accepted}')
+    expect(image, path, f"column img is missing among {', '.join(schema.names) or 'none'}", f'img or image {accepted}')
     kind = schema.field(image).type
-    if not is_struct(kind) or kind.get_field_index('bytes') < 0:
-        raise DataError(f'{path}: column {image} has no bytes ({kind}); accepted: {image} {accepted}')
+    expect(is_struct(kind) and kind.get_field_index('bytes') >= 0, path, f'column {image} has no bytes ({kind})',
+           f'{image} {accepted}')
     return image, label
-
-def _integers(path, labels):
-    if labels.dtype.kind not in 'iu':
-        raise DataError(f'{path}: label has type {labels.dtype}; accepted: integers from 0, none missing')
-    if labels.min() < 0 or labels.max() >= 2**31:
-        raise DataError(f'{path}: label ranges from {labels.min()} to {labels.max()}; accepted: integers from 0')
-    return labels.astype(np.int64)
 
 def _class_names(schema, label):
     # as Hugging Face's datasets write them beside the schema; none where nobody did
@@ -107,19 +98,20 @@ class Shard:
                  labels: str = 'auto', # none: a column of labels is not read
                 ):
         self.path = path
+        self.open = partial(open_parquet, path, 'Parquet image file',  # for a `with` statement
+                            'img or image (struct of bytes and path) and label')
         with self.open() as file:
             self.column, label = _columns(path, file.schema_arrow)
-            if not file.metadata.num_rows:
-                raise DataError(f'{path}: no rows; accepted: at least one image')
+            expect(file.metadata.num_rows, path, 'no rows', 'at least one image')
             self.labelled = label is not None and labels == 'auto'
             self.labels, self.names = np.zeros(file.metadata.num_rows, np.int64), ()
             if self.labelled:
-                self.labels = _integers(path, file.read(columns=[label])[label].to_numpy())
+                found = file.read(columns=[label])[label].to_numpy()
+                expect(found.dtype.kind in 'iu', path, f'label has type {found.dtype}', 'integers from 0, none missing')
+                low, high = found.min(), found.max()
+                expect(low >= 0 and high < 2**31, path, f'label ranges from {low} to {high}', 'integers from 0')
+                self.labels = found.astype(np.int64)
                 self.names = _class_names(file.schema_arrow, label)
-
-    def open(self): # a context, of a `pyarrow.parquet.ParquetFile`
-        "The file."
-        return open_parquet(self.path, 'Parquet image file', 'img or image (struct of bytes and path) and label')
 
     def blobs(self,
               rows: np.ndarray, # sorted
@@ -142,20 +134,17 @@ class Shard:
 # %% ../../nbs/data/33_parquet.ipynb #7e6c95f0
 def _renumber(shard, first):
     # give labels the numbers that the first file gives to the names of the classes
-    if shard.labelled != first.labelled:
-        bare, other = sorted((shard, first), key=lambda s: s.labelled)
-        raise DataError(f'{bare.path}: no labels, and {other.path} has them; accepted: labels in each file, or '
-                        'in none (labels none: those that are there are not read)')
-    if shard.names and shard.labels.max() >= len(shard.names):
-        raise DataError(f'{shard.path}: label {shard.labels.max()}, but {len(shard.names)} names of classes; '
-                        'accepted: labels that have a name')
+    bare, other = sorted((shard, first), key=lambda s: s.labelled)
+    expect(shard.labelled == first.labelled, bare.path, f'no labels, and {other.path} has them',
+           'labels in each file, or in none (labels none: those that are there are not read)')
+    most, names = shard.labels.max(), len(shard.names)
+    expect(not names or most < names, shard.path, f'label {most}, but {names} names of classes',
+           'labels that have a name')
     if shard.names == first.names or not (shard.names and first.names):
         return
-    known = ', '.join(first.names[:20])
     for name in (shard.names[label] for label in np.unique(shard.labels)):
-        if first.names.count(name) != 1 or shard.names.count(name) != 1:
-            raise DataError(f'{shard.path}: class {name!r} is not, or not once, among those of {first.path}; '
-                            f'accepted: {known}')
+        expect(first.names.count(name) == shard.names.count(name) == 1, shard.path,
+               f'class {name!r} is not, or not once, among those of {first.path}', ', '.join(first.names[:20]))
     numbers = [first.names.index(name) if name in first.names else -1 for name in shard.names]
     shard.labels = np.array(numbers, np.int64)[shard.labels]
 
@@ -185,13 +174,12 @@ def parquet_source(name: str,    # of the dataset
                   ) -> Source:
     "A folder in the Hugging Face Parquet image layout, or one file of it; raises `DataError` naming the file."
     called, parts = _parquet_splits(name, folder, labels)
-    first, where = parts['train'][0], {}
-    for split, some in parts.items():
-        where[split] = str(some[0].path if len(some) == 1 else f'{called[split]}-*')
-        for part in some:
-            _renumber(part, first)
-    labels = dict.fromkeys(('train', 'test'))
-    labels |= {split: np.concatenate([part.labels for part in some]) for split, some in parts.items()}
+    first = parts['train'][0]
+    where = {split: str(some[0].path if len(some) == 1 else f'{called[split]}-*') for split, some in parts.items()}
+    for part in sum(parts.values(), []):
+        _renumber(part, first)
+    labels = dict.fromkeys(('train', 'test')) | {
+        split: np.concatenate([part.labels for part in some]) for split, some in parts.items()}
     if first.labelled:
         check_class_numbers(labels, where)
     hashes = {split: _hash_of_all([part.path for part in some]) for split, some in parts.items()}

@@ -6,18 +6,18 @@
 __all__ = ['HEADER', 'free_memory', 'image_limit', 'mapped_images']
 
 # %% ../../nbs/data/32_stream.ipynb #b003bb3a
-import json, mmap, os, time, warnings, zlib
+import contextlib, json, os, time, warnings, zlib
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
+import PIL
 import torch
 
 # %% ../../nbs/data/32_stream.ipynb #3849ab6b
 def _number(path):
-    try:
+    # in a file of one number, where there is one
+    with contextlib.suppress(OSError, ValueError):
         return int(Path(path).read_text())
-    except (OSError, ValueError):
-        return None
 
 # of a container: its limit, and what it uses
 _CGROUPS = (('memory.max', 'memory.current'), ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes'))
@@ -45,11 +45,6 @@ def image_limit(megabytes: int | None = None, # given by the user; 0 maps everyt
 # %% ../../nbs/data/32_stream.ipynb #764aaa61
 HEADER = 4096  # bytes; a page, so that the images begin on one
 _FORMAT = 1
-
-def _describe(header, shape):
-    # decoders differ in the last bit between versions
-    import PIL
-    return {'format': _FORMAT, 'shape': list(shape), 'pillow': PIL.__version__, 'torch': torch.__version__, **header}
 
 def _read_header(path, want, size):
     # the checksum of a file that has what is wanted, else None with the reason
@@ -103,11 +98,9 @@ def _write(path, head, chunks, size):
         tmp.unlink(missing_ok=True)
 
 def _map(path, shape):
-    with open(path, 'rb') as f:
-        whole = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch has no read-only tensors, and says so
-        return torch.frombuffer(whole, dtype=torch.uint8, offset=HEADER).reshape(shape)
+        return torch.from_numpy(np.memmap(path, np.uint8, 'r', HEADER, shape))
 
 # %% ../../nbs/data/32_stream.ipynb #eb57e941
 def mapped_images(path: Path,       # of the file
@@ -117,7 +110,9 @@ def mapped_images(path: Path,       # of the file
                  ) -> torch.Tensor: # (n, c, h, w) uint8, read-only
     """Images in a file, decoded into it first unless it is there; raises `OSError` when the file cannot be written.
     The tensor is a map of the file: writing to it ends the process."""
-    path, size, want = Path(path), int(np.prod(shape)), _describe(header, shape)
+    path, size = Path(path), int(np.prod(shape))
+    # decoders differ in the last bit between versions
+    want = dict(format=_FORMAT, shape=list(shape), pillow=PIL.__version__, torch=torch.__version__) | header
     crc, reason = _read_header(path, want, size)
     if crc is not None and _checksum(path) != crc:
         crc, reason = None, 'its bytes do not give its checksum'

@@ -10,7 +10,7 @@ __all__ = ['SHAPES', 'TEXTURES', 'COLOURS', 'BACKGROUND', 'FAINT', 'PARTS', 'SPL
 import math
 from dataclasses import dataclass
 import torch
-from ..config import ConfigError
+from ..config import require_value
 from ..pid import PID, pid_discrete
 
 # %% ../../nbs/data/37_trifeature.ipynb #250ff295
@@ -86,12 +86,10 @@ def draw(shape: torch.Tensor,   # (n,) integers from 0 to 9, places in `SHAPES`
          generator: torch.Generator | None = None, # of position, size, angles and phases
         ) -> torch.Tensor:      # (n, 3, size, size) uint8
     "Draw one image a row; raises `ConfigError` for a size or a symbol that cannot be drawn."
-    if not 16 <= size <= 64 or size % 2:
-        raise ConfigError('size', size, 'an even number from 16 to 64')
+    require_value(16 <= size <= 64 and not size % 2, 'size', size, 'an even number from 16 to 64')
     for name, s in (('shape', shape), ('colour', colour), ('texture', texture)):
-        wrong = s.shape != shape.shape or s.ndim != 1 or s.is_floating_point()
-        if wrong or len(s) and not 0 <= s.min() <= s.max() <= 9:
-            raise ConfigError(name, s, 'integers (n,) from 0 to 9')
+        fits = s.shape == shape.shape and s.ndim == 1 and not s.is_floating_point()
+        require_value(fits and (not len(s) or 0 <= s.min() <= s.max() <= 9), name, s, 'integers (n,) from 0 to 9')
     n, axis = len(shape), (torch.arange(size) + 0.5)/size - 0.5
     uniform = lambda lo, hi: torch.rand(n, 1, 1, generator=generator)*(hi - lo) + lo
     angle = lambda: uniform(-math.pi/4, math.pi/4)
@@ -112,11 +110,13 @@ def draw(shape: torch.Tensor,   # (n,) integers from 0 to 9, places in `SHAPES`
 # %% ../../nbs/data/37_trifeature.ipynb #17f5ee41
 def channel(bits: float,  # information of reading and symbol
             symbols: int, # m, alphabet size
+            name: str = 'bits', # in messages
            ) -> torch.Tensor: # (m, m) float64, row: symbol, column: probability of each reading
     "Symmetric channel from a uniform symbol that carries `bits`; raises `ConfigError` beyond log2 m."
     m, most = symbols, math.log2(symbols)
-    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 <= bits <= most + 1e-12:
-        raise ConfigError('bits', bits, f'a number from 0 to {most:g}, log2 of {m} symbols')
+    number = isinstance(bits, (int, float)) and not isinstance(bits, bool)
+    require_value(number and 0 <= bits <= most + 1e-12, name, bits,
+                  f'a number from 0 to {most:g}, log2 of {m} symbols')
     xlog = lambda p: p*math.log2(p) if p > 0 else 0.
     information = lambda e: most + xlog(1 - e + e/m) + (m - 1)*xlog(e/m)
     low, high = 0., 1.
@@ -139,13 +139,10 @@ class ControlledAtoms:
     symbols: int = 4       # m, alphabet of each part; 2 to 10
 
     def __post_init__(self):
-        if isinstance(self.symbols, bool) or not isinstance(self.symbols, int) or not 2 <= self.symbols <= 10:
-            raise ConfigError('symbols', self.symbols, 'an integer from 2 to 10')
+        require_value(type(self.symbols) is int and 2 <= self.symbols <= 10, 'symbols', self.symbols,
+                      'an integer from 2 to 10')
         for name in PARTS:
-            try:
-                channel(getattr(self, name), self.symbols)
-            except ConfigError as e:
-                raise ConfigError(name, e.value, e.accepted) from None
+            channel(getattr(self, name), self.symbols, name)
 
     def tables(self) -> dict: # part -> (m, m, m) float64; 1 in place of m: the view shows no symbol of the part
         "The joint distribution of symbol in view 1, symbol in view 2 and label, for each part."
@@ -185,10 +182,6 @@ class ControlledAtoms:
 SPLITS = {'fit': range(2, 9), 'val': range(9, 10), 'train': range(2, 10), 'test': range(2)}
 PAIRINGS = ('independent', 'inside', 'outside', 'balanced')
 
-def _one_of(name, value, choices):
-    if value not in choices:
-        raise ConfigError(name, value, ', '.join(choices))
-
 # %% ../../nbs/data/37_trifeature.ipynb #52d9a5bd
 class Trifeature:
     "All 1,000 combinations drawn `drawings` times, their splits, and pairs of them that share a shape."
@@ -197,8 +190,7 @@ class Trifeature:
                  size: int = 32,     # pixels a side
                  drawings: int = 20, # of each combination
                 ):
-        if isinstance(drawings, bool) or not isinstance(drawings, int) or drawings < 1:
-            raise ConfigError('drawings', drawings, 'an integer from 1')
+        require_value(type(drawings) is int and drawings > 0, 'drawings', drawings, 'an integer from 1')
         g = torch.Generator().manual_seed(seed)
         combinations = torch.cartesian_prod(*[torch.arange(10)]*3)
         self.bijection, *axes = (torch.randperm(10, generator=g) for _ in range(4))
@@ -211,7 +203,7 @@ class Trifeature:
              split: str, # fit, val, train or test
             ) -> torch.Tensor: # indices of its images
         "The images of a split."
-        _one_of('split', split, SPLITS)
+        require_value(split in SPLITS, 'split', split, ', '.join(SPLITS))
         return self.member[split].flatten().repeat_interleave(self.drawings).nonzero()[:, 0]
 
     def pairs(self,
@@ -221,16 +213,14 @@ class Trifeature:
               generator: torch.Generator | None = None, # of the pairs
              ) -> tuple:    # (n,) rows of image 1 and of image 2
         "Pairs that share a shape: texture 1, colour 2 as `pairing` says; colour 1, texture 2 from what the split has."
-        _one_of('split', split, SPLITS)
-        _one_of('pairing', pairing, PAIRINGS)
+        require_value(split in SPLITS, 'split', split, ', '.join(SPLITS))
+        require_value(pairing in PAIRINGS, 'pairing', pairing, ', '.join(PAIRINGS))
         ranges = (10, 10, 10, self.drawings, self.drawings)
         shape, texture1, colour2, d1, d2 = (torch.randint(k, (n,), generator=generator) for k in ranges)
         match = self.bijection[texture1]
         other = (match + torch.randint(1, 10, (n,), generator=generator))%10
-        if pairing == 'balanced':
-            match = torch.where(torch.arange(n)%2 == 0, match, other)
-        if pairing != 'independent':
-            colour2 = other if pairing == 'outside' else match
+        half = torch.where(torch.arange(n)%2 == 0, match, other)
+        colour2 = dict(independent=colour2, inside=match, outside=other, balanced=half)[pairing]
         member, choose = self.member[split], lambda have: torch.multinomial(have.float(), 1, generator=generator)[:, 0]
         colour1, texture2 = choose(member[shape, :, texture1]), choose(member[shape, colour2])
         number = lambda c, t: (shape*10 + c)*10 + t

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'Policy', 'affine_parameters', 'resample', 'grayscale', 'shift_hue', 'draw_colour', 'jitter_colour',
-           'gaussian_blur', 'draw_view', 'identity_view', 'ViewMaker']
+           'gaussian_blur', 'draw_view', 'render', 'identity_view', 'ViewMaker']
 
 # %% ../../nbs/data/35_views.ipynb #5f71f02e
 from dataclasses import dataclass
 import math
 import torch
 import torch.nn.functional as F
-from ..config import ConfigError
+from ..config import require, require_value
 
 # %% ../../nbs/data/35_views.ipynb #2089ef44
 @dataclass(frozen=True)
@@ -97,9 +97,8 @@ def affine_parameters(n: int,             # images
         w, zero = torch.where(_chance(n, policy.flip, g), -w, w), torch.zeros_like(w)
         return torch.stack([torch.stack([w, zero, x], -1), torch.stack([zero, h, y], -1)], 1)
     area = _uniform(n, *policy.crop, g)
-    ratio = torch.ones_like(area)
-    if policy.crop != (1., 1.):
-        ratio = torch.exp(_uniform(n, *map(math.log, policy.ratio), g))
+    crops = policy.crop != (1., 1.)
+    ratio = torch.exp(_uniform(n, *map(math.log, policy.ratio), g)) if crops else torch.ones_like(area)
     w, h = (area*ratio).sqrt().clamp(max=1.), (area/ratio).sqrt().clamp(max=1.)
     x, y = _uniform(n, -1, 1, g)*(1 - w), _uniform(n, -1, 1, g)*(1 - h)  # centre of the box, the box stays inside
     x, y = x + _uniform(n, -2, 2, g)*policy.translate, y + _uniform(n, -2, 2, g)*policy.translate
@@ -180,19 +179,18 @@ def jitter_colour(x: torch.Tensor, # (n, c, h, w), values in 0..1
                  ) -> torch.Tensor:# (n, c, h, w), values in 0..1
     "Colour jitter and grayscale with factors for each image."
     for name, v in drawn:
+        factor = v.view(-1, 1, 1, 1)
         if name == 'hue':
             x = shift_hue(x, v)
-            continue
-        v = v.view(-1, 1, 1, 1)
-        if name == 'brightness':
-            x = (x*v).clamp_(0, 1)
+        elif name == 'brightness':
+            x = (x*factor).clamp_(0, 1)
         elif name == 'gray':
-            x = (x*~v).add_(grayscale(x)*v)
+            x = (x*~factor).add_(grayscale(x)*factor)
         else:
             other = grayscale(x)
             if name == 'contrast':
                 other = other.mean((2, 3), keepdim=True)
-            x = (v*x).add_((1 - v)*other).clamp_(0, 1)
+            x = (factor*x).add_((1 - factor)*other).clamp_(0, 1)
     return x
 
 # %% ../../nbs/data/35_views.ipynb #f17af78e
@@ -228,12 +226,24 @@ def draw_view(n: int,             # images
         omega['solarize'] = _chance(n, policy.solarize, g)
     return omega | dict(colour), colour
 
+def render(x: torch.Tensor, # (n, c, side, side), values in 0..1
+           omega: dict,     # what is done to each image, from `draw_view`
+           colour: list,    # the colour operations in order, from the same call
+           policy: Policy,  # the same
+          ) -> torch.Tensor:# (n, c, side, side), values in 0..1
+    "The views that were drawn, less the pixel noise."
+    x = jitter_colour(resample(x, omega['theta'], policy), colour)
+    if policy.blur:
+        x = gaussian_blur(x, omega['blur'])
+    if policy.solarize:
+        x = torch.where(omega['solarize'].view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
+    return x
+
 def _require_bytes(images, square=False):
-    if images.dtype != torch.uint8:
-        raise ValueError(f'images: got {images.dtype}; accepted: uint8, 0 to 255 (floats would be divided again)')
-    if square and images.shape[-2] != images.shape[-1]:
-        size = ' x '.join(map(str, images.shape[-2:]))
-        raise ValueError(f'images: got {size} pixels; accepted: square ones, for any policy but none')
+    require(images.dtype == torch.uint8, 'images', f'got {images.dtype}',
+            'uint8, 0 to 255 (floats would be divided again)')
+    h, w = images.shape[-2:]
+    require(not square or h == w, 'images', f'got {h} x {w} pixels', 'square ones, for any policy but none')
 
 def identity_view(n: int,                 # images
                   device: object = 'cpu', # of the result
@@ -252,8 +262,7 @@ class ViewMaker:
                  device: str = 'cpu',        # where views are made
                  share: tuple = (0, 1),      # (rank, processes): the batches are this process's rows of a larger one
                 ):
-        if policy not in POLICIES:
-            raise ConfigError('policy', policy, ', '.join(POLICIES))
+        require_value(policy in POLICIES, 'policy', policy, ', '.join(POLICIES))
         self.policy = POLICIES[policy]
         at = dict(dtype=torch.float32, device=device)
         self.mean, self.std = (torch.as_tensor(v, **at).view(1, -1, 1, 1) for v in (mean, std))
@@ -279,11 +288,7 @@ class ViewMaker:
         _require_bytes(images, square=True)
         omega, colour = draw_view(n, p, g, channels, side)
         noise = _draw(torch.randn, *images.shape, g=g) if p.noise else None
-        x = jitter_colour(resample(images.float()/255, omega['theta'], p), colour)
-        if p.blur:
-            x = gaussian_blur(x, omega['blur'])
-        if p.solarize:
-            x = torch.where(omega['solarize'].view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
+        x = render(images.float()/255, omega, colour, p)
         if p.noise:
             x = (x + p.noise*noise).clamp_(0, 1)
         x = (x - self.mean)/self.std
@@ -291,8 +296,7 @@ class ViewMaker:
 
     def state(self) -> dict: # name -> uint8 tensor
         "State of the generators, for a checkpoint."
-        host = _host(self.generator)
-        return {'device': self.generator.get_state(), 'host': host.get_state()}
+        return {'device': self.generator.get_state(), 'host': _host(self.generator).get_state()}
 
     def load_state(self,
                    state: dict, # as `state` returned it

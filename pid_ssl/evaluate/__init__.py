@@ -20,10 +20,10 @@ from .audit import Audit, audit, compare
 from .dense import MODES, normaliser, paired_bootstrap, untrained_control
 from .detection import (average_precision, build_detector, coco_evaluation, detection,
                                         detection_interval, detection_metrics)
-from .features import calibrate_batchnorm, extract_features, view_features
 from .labels import finetune, fit_classifier, label_draw, light_policy, low_label
 from .heads import held_out_bits
-from .probes import KNN_TEMPERATURE, L2_STRENGTHS, check_labels, knn_accuracy, linear_probe, mlp_probe
+from .probes import (KNN_TEMPERATURE, L2_STRENGTHS, calibrate_batchnorm, check_labels,
+                                     extract_features, knn_accuracy, linear_probe, mlp_probe, view_features)
 from .segmentation import (SegmentationHead, confusion_matrix, iou, segmentation,
                                            segmentation_interval, segmentation_metrics, stretches)
 from .spectrum import alignment, alpha_req, canonical_correlations, rankme, uniformity

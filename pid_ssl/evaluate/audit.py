@@ -7,16 +7,16 @@ __all__ = ['PARTS', 'SIGNS', 'IMAGE', 'Target', 'parameter_targets', 'parts_of',
            'audit', 'compare', 'command']
 
 # %% ../../nbs/evaluate/69_audit.ipynb #ac4e3004
-import argparse, dataclasses, hashlib, importlib, json, math
+import dataclasses, hashlib, importlib, json, math
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..config import ConfigError, unknown
+from ..config import ConfigError, read_options, require_value, unknown
 from ..data import POLICIES, Dataset, DATASETS, Policy, ViewMaker, load_dataset
 from ..data.parameters import BITS, told
 from ..data.views import draw_view
-from .features import extract_features
+from .probes import extract_features
 from .heads import ATOMS, atoms_of, estimate, held_out_bits, resampled
 from .read import LEAST, Reader, as_images, found_normalisation, reading
 from ..pid.heads import normal_scores, told_nats
@@ -53,8 +53,7 @@ def parameter_targets(policy: Policy,          # of both views
     g, out = torch.Generator().manual_seed(0), {}
     omegas = [draw_view(draws, policy, g, channels, side)[0] for _ in range(2)]
     for name, v in told(*omegas, policy, tells).items():
-        shares = torch.arange(1, bins)/bins
-        v = v.contiguous()
+        v, shares = v.contiguous(), torch.arange(1, bins)/bins
         edges = torch.tensor([0.5]) if name.split('_')[-1] in BITS else v.quantile(shares).unique()
         count = torch.bucketize(v, edges).bincount(minlength=len(edges) + 1)
         if v.std() > 1e-6 and (count > 0).sum() > 1:
@@ -75,8 +74,7 @@ def parts_of(policy: Policy,    # all that is done to a view
     alone = {k: Policy(**frame, **{f: getattr(policy, f) for f in fields}) for k, fields in PARTS.items()}
     colour = () if channels == 3 else ('saturation', 'hue', 'gray')
     deciding = {k: getattr(alone[k], fields[fields[0] == 'jitter']) for k, fields in PARTS.items()}
-    changes = {k: v not in (0, (1., 1.)) and k not in colour for k, v in deciding.items()}
-    return {k: p for k, p in alone.items() if changes[k]}
+    return {k: p for k, p in alone.items() if deciding[k] not in (0, (1., 1.)) and k not in colour}
 
 # %% ../../nbs/evaluate/69_audit.ipynb #ac4e300e
 SIGNS = dict(zip(ATOMS, ('R', 'U1', 'U2', 'S', 'I1', 'I2', 'I12')))
@@ -134,12 +132,12 @@ def told_features(reader: Reader,       # of features
                   batch_size: int = 250,# images a forward pass
                  ) -> tuple:            # h1, h2: (draws * n, f); name -> (draws * n,)
     "Features of pairs of views, and what was drawn; image by image, draw after draw."
-    ones, twos, values = [], [], []
+    rows = []
     for batch in images.split(batch_size)*draws:
         (x1, omega1), (x2, omega2) = (views(batch.to(views.mean.device), told=True) for _ in range(2))
-        ones.append(reader(x1).cpu())
-        twos.append(reader(x2).cpu())
-        values.append({k: v.cpu() for k, v in told(omega1, omega2, views.policy, tells).items()})
+        asked = told(omega1, omega2, views.policy, tells)
+        rows.append((reader(x1).cpu(), reader(x2).cpu(), {k: v.cpu() for k, v in asked.items()}))
+    ones, twos, values = zip(*rows)
     return torch.cat(ones), torch.cat(twos), {k: torch.cat([v[k] for v in values]) for k in values[0]}
 
 # %% ../../nbs/evaluate/69_audit.ipynb #fbb6427d
@@ -173,21 +171,14 @@ def _target_bits(reader, images, labels, views, targets, tells, pairs, seed):
         *read[s], values = told_features(reader, x, views, draws[s], tells)
         codes = [t.cell(values[k]) if k in values else labels[s].repeat(draws[s]) for k, t in targets.items()]
         cells[s] = torch.stack(codes, 1)
-    order = torch.arange(len(images['fit'])).repeat(draws['fit'])
-    check = order >= 0.8*len(images['fit'])
+    check = torch.arange(len(images['fit'])).repeat(draws['fit']) >= 0.8*len(images['fit'])
     priors, held = [t.prior for t in targets.values()], []
     for j, which in enumerate((slice(0, 1), slice(1, 2), slice(0, 2))):
         mine, others = (read[s][which] for s in ('fit', 'held'))
         bits = held_out_bits(mine, cells['fit'], others, cells['held'], priors, check, seed=seed + j)
         held.append(bits.view(draws['held'], -1, len(targets)).mean(0))
-    n = len(images['held'])
-    about_image = _image_bits(read, images, draws, check, seed)
-    return torch.cat([torch.stack(held, -1), about_image], 1), [h[:n] for h in read['held']]
-
-def _cosine(clean, h):
-    # of each image, with the mean over images taken away
-    centre = clean.mean(0)
-    return F.cosine_similarity(clean - centre, h - centre).double()
+    bits = torch.cat([torch.stack(held, -1), _image_bits(read, images, draws, check, seed)], 1)
+    return bits, [h[:len(images['held'])] for h in read['held']]
 
 def _spread(clean, h1, h2, resample):
     # measures of the features of held-out images
@@ -217,9 +208,9 @@ def _chosen(images, labels, size, split, most, data_dir, seed):
         parts, classes = {k: x[i] for k, i in order.items()}, None
         if labels is not None:
             y = torch.as_tensor(labels)
-            if y.shape != (len(x),) or y.is_floating_point() or y.is_complex() or len(y.unique()) < 2:
-                raise ConfigError('labels', f'{y.dtype} {tuple(y.shape)}',
-                                  f'class numbers ({len(x)},), one an image, of at least 2 classes')
+            numbers = y.shape == (len(x),) and not y.is_floating_point() and not y.is_complex()
+            require_value(numbers and len(y.unique()) > 1, 'labels', f'{y.dtype} {tuple(y.shape)}',
+                          f'class numbers ({len(x)},), one an image, of at least 2 classes')
             y = y.unique(return_inverse=True)[1]
             classes = {k: y[i] for k, i in order.items()}
     g = torch.Generator().manual_seed(seed)
@@ -231,8 +222,7 @@ def _policy(given, found, channels):
     given = given or found or ('cifar' if channels == 3 else 'digits')
     if isinstance(given, str) and given not in POLICIES:
         raise unknown('policy', given, given, list(POLICIES), 'policies')
-    if not isinstance(given, (str, Policy)):
-        raise ConfigError('policy', given, f"a `Policy`, or one of {', '.join(POLICIES)}")
+    require_value(isinstance(given, (str, Policy)), 'policy', given, f"a `Policy`, or one of {', '.join(POLICIES)}")
     return POLICIES[given] if isinstance(given, str) else given
 
 # %% ../../nbs/evaluate/69_audit.ipynb #ac4e3012
@@ -255,14 +245,12 @@ def audit(encoder: nn.Module,            # maps images to features: any; it is n
     "What an encoder's views tell, apart and together; raises `ConfigError` naming the argument that cannot be used."
     for field, value, least in (('bins', bins, 2), ('pairs', pairs, 1), ('most', most, LEAST),
                                 ('replicates', replicates, 20)):
-        if type(value) is not int or value < least:
-            raise ConfigError(field, value, f'an integer from {least}')
+        require_value(type(value) is int and value >= least, field, value, f'an integer from {least}')
     images, labels, statistics, policy_found = _chosen(images, labels, size, split, most, data_dir, seed)
     _, channels, _, side = images['fit'].shape
     policy = _policy(policy, policy_found, channels)
     targets = parameter_targets(policy, tells, channels, side, bins)
-    if not targets:
-        raise ConfigError('policy', policy, 'a policy that changes images: this one leaves nothing to tell')
+    require_value(targets, 'policy', policy, 'a policy that changes images: this one leaves nothing to tell')
     if labels is not None:
         share = torch.cat(list(labels.values())).bincount()
         targets['label'] = Target(torch.empty(0), (share/share.sum()).clamp(min=1e-6))
@@ -279,7 +267,9 @@ def audit(encoder: nn.Module,            # maps images to features: any; it is n
         for part, alone in parts_of(policy, channels).items():
             views.policy = alone
             view = told_features(reader, images['held'], views, 1, tells)[0]
-            invariance[part] = resample(_cosine(clean, view))
+            # with the mean over images taken away
+            alike = F.cosine_similarity(clean - clean.mean(0), view - clean.mean(0))
+            invariance[part] = resample(alike.double())
     digest = hashlib.sha256(b''.join(x.numpy().tobytes() for x in images.values())).hexdigest()
     drawn = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(policy).items()}
     about = dict(policy=drawn, tells=tells, bins=bins, seed=seed, pairs=pairs, side=side,
@@ -294,10 +284,10 @@ def compare(one: Audit,   # of an encoder
            ) -> Audit:    # other less one, with intervals; its picture shows both
     "Differences of two audits; raises `ConfigError` where they were not made of the same images in the same way."
     for key in ('images_hash', 'policy', 'tells', 'bins', 'seed', 'pairs', 'replicates'):
-        if one.about[key] != other.about[key]:
-            raise ConfigError(key, other.about[key], f'audits of the same images, made alike: {one.about[key]!r}')
-    if list(one.possible) != list(other.possible):
-        raise ConfigError('labels', list(other.possible), f'audits of the same targets: {list(one.possible)!r}')
+        require_value(one.about[key] == other.about[key], key, other.about[key],
+                      f'audits of the same images, made alike: {one.about[key]!r}')
+    require_value(list(one.possible) == list(other.possible), 'labels', list(other.possible),
+                  f'audits of the same targets: {list(one.possible)!r}')
     less = lambda a, b: {k: b[k] - a[k] for k in a}
     return Audit(f'{other.name} less {one.name}', {'one': one.about, 'other': other.about}, one.possible,
                  other.atoms - one.atoms, less(one.invariance, other.invariance), less(one.spread, other.spread),
@@ -324,30 +314,29 @@ def _encoder(where):
     net.pretrained_cfg = dict(mean=seen.mean, std=seen.std)  # as timm keeps them
     return net, model, None, None
 
+_OPTIONS = {
+    'encoders': dict(nargs='+', metavar='ENCODER', help='one or two: the checkpoint folder of a run, pid_cifar10 or '
+                     'barlow_cifar10 (they come with the package), timm:MODEL or torchvision:MODEL'),
+    '--images': dict(help='name of a dataset; default that of the run'),
+    '--policy': dict(help=f"of the views: {', '.join(POLICIES)}; default the dataset's"),
+    '--size': dict(type=int, help='pixels a side; default as in the run, or as stored'),
+    '--tells': dict(default='relation', help='relation, own or all; default relation'),
+    '--pairs': dict(type=int, default=8_000, help='of views to fit heads on; default 8000'),
+    '--seed': dict(type=int, default=0, help='of views, heads and resamples; default 0'),
+    '--split': dict(default='test', help='of the dataset, that is held out; default test'),
+    '--data_dir': dict(help='where datasets are looked for'),
+    '--folder': dict(default='.', type=Path, help='for audit.json and audit.png; default here'),
+}
+
 def command(argv: list | None = None, # default the process's arguments
            ) -> None:
     "`pid_ssl audit`: print the table, write record and picture; raises what `audit` raises."
-    parser = argparse.ArgumentParser('pid_ssl audit', description='Audit encoders on the images of a dataset.')
-    parser.add_argument('encoders', nargs='+', metavar='ENCODER',
-                        help='one or two: the checkpoint folder of a run, pid_cifar10 or '
-                        'barlow_cifar10 (they come with the package), timm:MODEL or torchvision:MODEL')
-    parser.add_argument('--images', help='name of a dataset; default that of the run')
-    parser.add_argument('--policy', help=f"of the views: {', '.join(POLICIES)}; default the dataset's")
-    parser.add_argument('--size', type=int, help='pixels a side; default as in the run, or as stored')
-    parser.add_argument('--tells', default='relation', help='relation, own or all; default relation')
-    parser.add_argument('--pairs', type=int, default=8_000, help='of views to fit heads on; default 8000')
-    parser.add_argument('--seed', type=int, default=0, help='of views, heads and resamples; default 0')
-    parser.add_argument('--split', default='test', help='of the dataset, that is held out; default test')
-    parser.add_argument('--data_dir', help='where datasets are looked for')
-    parser.add_argument('--folder', default='.', type=Path, help='for audit.json and audit.png; default here')
-    given = vars(parser.parse_args(argv))
-    if len(given['encoders']) > 2:
-        raise ConfigError('encoders', given['encoders'], 'one or two')
+    given = read_options(argv, 'pid_ssl audit', 'Audit encoders on the images of a dataset.', _OPTIONS)
+    require_value(len(given['encoders']) < 3, 'encoders', given['encoders'], 'one or two')
     encoders, images, size, folder = (given.pop(k) for k in ('encoders', 'images', 'size', 'folder'))
     found = []
     for encoder, name, side, dataset in map(_encoder, encoders):
-        if not (images or dataset):
-            raise ConfigError('images', images, 'the name of a dataset')
+        require_value(images or dataset, 'images', images, 'the name of a dataset')
         found.append(audit(encoder, images or dataset, name=name, size=size or side, **given))
     result = compare(*found) if len(found) == 2 else found[0]
     result.save(folder/'audit.json')

@@ -12,6 +12,7 @@ from collections import OrderedDict
 import numpy as np
 import torch
 from torch import nn
+from ..config import require
 from ..data import ViewMaker
 from ..data.dense import DetectionData
 from .dense import begin, fit, named_metrics, new_part, paired_bootstrap
@@ -31,14 +32,12 @@ def _index(coco, boxes, labels, images, scores=None):
 def _check_predictions(predictions, images, classes):
     m = len(predictions['boxes'])
     for k, shape in (('boxes', (m, 4)), ('scores', (m,)), ('labels', (m,)), ('image', (m,))):
-        if tuple(predictions[k].shape) != shape:
-            raise ValueError(f"predictions: got {k} of shape {tuple(predictions[k].shape)}; accepted: {shape}")
-        if not predictions[k].isfinite().all():
-            raise ValueError(f"predictions: got {k} that are not finite; accepted: finite numbers")
-    for k, top in (('labels', classes), ('image', images)):
-        found = predictions[k]
-        if m and not (0 <= found.min() and found.max() < top):
-            raise ValueError(f"predictions: got {k} from {found.min()} to {found.max()}; accepted: 0 to {top - 1}")
+        have = tuple(predictions[k].shape)
+        require(have == shape, 'predictions', f'got {k} of shape {have}', shape)
+        require(predictions[k].isfinite().all(), 'predictions', f'got {k} that are not finite', 'finite numbers')
+    for k, top in (('labels', classes), ('image', images)) if m else ():
+        low, high = predictions[k].aminmax()
+        require(0 <= low and high < top, 'predictions', f'got {k} from {low} to {high}', f'0 to {top - 1}')
 
 def coco_evaluation(predictions: dict, # boxes (m, 4), scores, labels and image (m,)
                     boxes: list,       # (k, 4) true boxes of each image

@@ -9,11 +9,10 @@ __all__ = ['light_policy', 'label_draw', 'descend', 'fit_classifier', 'finetune'
 import copy, dataclasses
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
+from ..config import require
 from ..data import DataError, Dataset, Policy, ViewMaker
-from .features import extract_features
-from .probes import check_labels, linear_probe
+from .probes import check_labels, extract_features, linear_probe
 
 # %% ../../nbs/evaluate/63_labels.ipynb #783f8f0c
 def light_policy(policy: Policy, # of pretraining
@@ -29,15 +28,13 @@ def label_draw(labels: torch.Tensor, # (n,) of the training images
               ) -> torch.Tensor:     # (m,) sorted indices
     """A stratified draw of training images.
     Raises `DataError` when a class gets none, `ValueError` for a fraction outside 0 to 1."""
-    if not 0 < fraction <= 1:
-        raise ValueError(f'fraction: got {fraction!r}; accepted: a share above 0, up to 1')
+    require(0 < fraction <= 1, 'fraction', f'got {fraction!r}', 'a share above 0, up to 1')
     rng, rows = np.random.default_rng((draw, round(1e9*fraction))), []
     for c, n in enumerate(labels.bincount().tolist()):
         keep = round(fraction*n)
-        if not keep:
-            enough = f'from {1/n:.2g}' if n else 'labels without gaps'
-            raise DataError(f'fraction: {fraction:g} of the {n} training images of class {c} is none; '
-                            f'accepted: at least one image a class, so {enough}')
+        enough = f'from {1/n:.2g}' if n else 'labels without gaps'
+        require(keep, 'fraction', f'{fraction:g} of the {n} training images of class {c} is none',
+                f'at least one image a class, so {enough}', DataError)
         rows.append(rng.permutation(np.flatnonzero(labels.numpy() == c))[:keep])
     return torch.from_numpy(np.sort(np.concatenate(rows)))
 
@@ -69,9 +66,8 @@ def fit_classifier(encoder: nn.Module,         # maps (n, c, h, w) to (n, f); no
     classes = classes or int(labels.max()) + 1
     check_labels({'train': labels}, classes)
     sample = extract_features(encoder, images[:2], views)
-    if sample.ndim != 2:
-        raise ValueError(f'encoder: got features {tuple(sample.shape)} of 2 images; '
-                         'accepted: a module that gives (n, f)')
+    require(sample.ndim == 2, 'encoder', f'got features {tuple(sample.shape)} of 2 images',
+            'a module that gives (n, f)')
     head = nn.Linear(sample.shape[1], classes)
     for p in head.parameters():
         nn.init.zeros_(p)
@@ -84,7 +80,7 @@ def fit_classifier(encoder: nn.Module,         # maps (n, c, h, w) to (n, f); no
     for epoch in range(epochs):
         for rows in torch.randperm(len(images), generator=g).split(batch_size)[:steps]:
             x = views(images[rows].to(views.mean.device)).contiguous(memory_format=torch.channels_last)
-            loss = F.cross_entropy(net(x), labels[rows].to(x.device))
+            loss = nn.functional.cross_entropy(net(x), labels[rows].to(x.device))
             descend(optimizer, loss, FloatingPointError(f'fine-tuning: epoch {epoch + 1}: the loss is {loss.item()}; '
                                                         'a lower lr may help'))
             schedule.step()

@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 from torch import nn
+from ..config import require
 from ..data.dense import SegmentationData
 from .dense import begin, fit, named_metrics, new_part, paired_bootstrap
 from ..models import feature_maps
@@ -21,9 +22,8 @@ def confusion_matrix(predicted: torch.Tensor, # (n, h, w) uint8
                      classes: int,            # values from here on are unlabelled in masks
                     ) -> torch.Tensor:        # (classes, classes) int64: true, predicted
     "Counts of pixels by true and predicted class; raises `ValueError` when the two do not fit each other."
-    if predicted.shape != masks.shape:
-        raise ValueError(f'predicted: got shape {tuple(predicted.shape)}; '
-                         f'accepted: {tuple(masks.shape)}, that of the masks')
+    require(predicted.shape == masks.shape, 'predicted', f'got shape {tuple(predicted.shape)}',
+            f'{tuple(masks.shape)}, that of the masks')
     keep = masks < classes
     true, found = masks[keep].long(), predicted[keep].long()
     if len(found) and int(found.max()) >= classes:

@@ -8,6 +8,7 @@ __all__ = ['checked_features', 'rankme', 'alpha_req', 'alignment', 'uniformity',
 # %% ../../nbs/evaluate/68_spectrum.ipynb #ac4e1004
 import torch
 import torch.nn.functional as F
+from ..config import require
 
 # %% ../../nbs/evaluate/68_spectrum.ipynb #ac4e1007
 def checked_features(h: torch.Tensor, # (n, f)
@@ -15,10 +16,9 @@ def checked_features(h: torch.Tensor, # (n, f)
                     ) -> torch.Tensor: # float64
     "Features as a table of numbers; raises `ValueError` for anything else."
     h = torch.as_tensor(h)
-    if h.ndim != 2 or len(h) < 2 or not h.shape[1] or not h.isfinite().all():
-        stray = '' if h.isfinite().all() else ', with values that are not finite'
-        raise ValueError(f'{name}: got {tuple(h.shape)}{stray}; '
-                         'accepted: (n, f) finite numbers of at least 2 images')
+    stray = '' if h.isfinite().all() else ', with values that are not finite'
+    require(not stray and h.ndim == 2 and len(h) > 1 and h.shape[1], name, f'got {tuple(h.shape)}{stray}',
+            '(n, f) finite numbers of at least 2 images')
     return h.double()
 
 def rankme(h: torch.Tensor, # (n, f) features

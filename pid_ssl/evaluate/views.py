@@ -8,9 +8,10 @@ __all__ = ['different_views', 'two_view_readout', 'label_pid', 'image_pid', 'aud
 # %% ../../nbs/evaluate/64_views.ipynb #3b16d81b
 import torch
 from torch import nn
+from ..config import require
 from ..data import Dataset, ViewMaker
-from .features import extract_features, read_features, view_features
-from .probes import check_labels, linear_probe, mlp_probe
+from .probes import (check_labels, extract_features, linear_probe, mlp_probe, read_features,
+                                     view_features)
 from ..losses import standardise
 from ..pid import pid_samples, quantise, scalar_information
 from ..pid.quantised import count_pid
@@ -23,11 +24,9 @@ def different_views(encoder: nn.Module,   # maps (n, c, h, w) to (n, f)
                    ) -> tuple:            # h1, h2: (n, f) float32 on the CPU
     "Features of two views; `ValueError` for an encoder that has collapsed and for a policy that changes nothing."
     h1, h2 = view_features(encoder, images, views)
-    if len(h1) > 1 and (h1 == h1[0]).all():
-        raise ValueError(f'encoder: its features are the same for all {len(h1)} images; '
-                         'accepted: one that has not collapsed')
-    if torch.equal(h1, h2):
-        raise ValueError('views: two views of an image are the same; accepted: a policy that changes images')
+    require(len(h1) < 2 or (h1 != h1[0]).any(), 'encoder', f'its features are the same for all {len(h1)} images',
+            'one that has not collapsed')
+    require(not torch.equal(h1, h2), 'views', 'two views of an image are the same', 'a policy that changes images')
     return h1, h2
 
 # %% ../../nbs/evaluate/64_views.ipynb #0f5bad74
@@ -42,8 +41,8 @@ def two_view_readout(encoder: nn.Module,  # maps (n, c, h, w) to (n, f)
     h, out = {}, {}
     for s in dict.fromkeys(('train', 'val', split)):
         h1, h2 = different_views(encoder, dataset.images[s], views)
-        clean = extract_features(encoder, dataset.images[s], views)
-        h[s] = dict(view1=h1, view2=h2, pair=torch.cat([h1, h2], 1), mean=(h1 + h2)/2, clean=clean)
+        h[s] = dict(view1=h1, view2=h2, pair=torch.cat([h1, h2], 1), mean=(h1 + h2)/2,
+                    clean=extract_features(encoder, dataset.images[s], views))
     for name in h['train']:
         x = {s: v[name] for s, v in h.items()}
         linear = linear_probe(x, dataset.labels, split)
@@ -64,11 +63,9 @@ def label_pid(h1: torch.Tensor,        # (n, f) features of view 1
               seed: int = 0,           # of k-means, halves, shuffles and resamples
              ) -> dict:                # name of `NAMES` -> estimate, low, high, null_mean, null_95, plain: bits
     "BROJA of two views about the labels, extrapolated from halves of the images, beside its permutation null."
-    if permutations < 20:
-        raise ValueError(f'permutations: got {permutations}; accepted: 20 and more, for a 95th percentile')
+    require(permutations >= 20, 'permutations', f'got {permutations}', '20 and more, for a 95th percentile')
     n, g = len(labels), torch.Generator().manual_seed(seed)
-    if n < 8:
-        raise ValueError(f'labels: got {n}; accepted: at least 8 images')
+    require(n >= 8, 'labels', f'got {n}', 'at least 8 images')
     c1, c2 = quantise(h1, codes, seed), quantise(h2, codes, seed)
     def read(i, y):
         return [named(pid) for pid in count_pid(c1[i], c2[i], y[..., i], 'broja', 2)]
@@ -91,9 +88,8 @@ def image_pid(h1: torch.Tensor, # (n, f) features of view 1
     "Gaussian PID of two views about the image, bias subtracted, with a jackknife interval."
     h1, h2, t = (h.double() for h in (h1, h2, t))
     most = min(t.shape[1], (len(t) - 1)//6)
-    if not 1 <= components <= most:
-        raise ValueError(f'components: got {components}; accepted: 1 to {most}, '
-                         f'with {len(t)} images of {t.shape[1]} features')
+    require(1 <= components <= most, 'components', f'got {components}',
+            f'1 to {most}, with {len(t)} images of {t.shape[1]} features')
     mean, std = t.mean(0), t.std(0).clamp(min=1e-8)
     value, vector = torch.linalg.eigh(((t - mean)/std).T.cov())
     z1, z2, t = (((h - mean)/std) @ vector[:, -components:] for h in (h1, h2, t))
@@ -132,8 +128,9 @@ def pid_audit(embed: nn.Module,      # backbone and projector
               batch_size: int = 500, # images a forward pass
              ) -> dict:              # nats per coordinate, and mean correlations
     "Coordinate-wise Gaussian PID (MMI) of two views about the clean embedding, averaged over coordinates."
-    read = read_features(embed, images, (views, views, views.clean), views.mean.device, batch_size)
-    x1, x2, t = (standardise(z.double(), 1e-12) for z in read)
+    looks = views, views, views.clean
+    x1, x2, t = (standardise(z.double(), 1e-12)
+                 for z in read_features(embed, images, looks, views.mean.device, batch_size))
     a1, a2, c = (x1*t).mean(0), (x2*t).mean(0), (x1*x2).mean(0)
     # 1 - 1e-6: a perfectly predicted coordinate reads 6.6 nats instead of infinity
     i1, i2, i12 = scalar_information(*((1 - 1e-6)*r for r in (a1, a2, c)))

@@ -13,7 +13,7 @@ from torch import nn
 from ..config import ACCURACIES, metric_end
 from ..data import Dataset, ViewMaker
 from ..evaluate import calibrate_batchnorm, extract_features, knn_accuracy
-from ..evaluate.features import view_features
+from ..evaluate.probes import view_features
 from ..evaluate.spectrum import alignment, alpha_req, rankme, uniformity
 from .training import Pretraining, build_embed
 
@@ -93,6 +93,5 @@ def readings(state: Pretraining, # of a run
     images = {split: dataset.images[split][:most] for split in ('train', 'val')}
     h = {split: extract_features(state.embed[0], x, views) for split, x in images.items()}
     out = dict(alpha_req=alpha_req(h['val']), uniformity=uniformity(h['val']),
-               alignment=alignment(*view_features(state.embed[0], images['val'], views)))
-    out |= nearest_five(h, dataset)
+               alignment=alignment(*view_features(state.embed[0], images['val'], views)), **nearest_five(h, dataset))
     return {k: v for k, v in out.items() if math.isfinite(v)}

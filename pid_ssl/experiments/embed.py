@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
-from ..config import Checked, ConfigError, digest, read_args, setting
+from ..config import Checked, digest, read_args, require, require_value, setting
 from ..data import DataError, ViewMaker
 from ..data.images import decode, pixels
-from ..data.stored import Stored
+from ..data.sources import Stored
 from ..evaluate import extract_features
-from ..models import exported
-from ..models.weights import WEIGHTS, weights_folder
+from ..models import WEIGHTS, exported
 from ..records import StopSignals, checkpoint_folder, writing
 from .training import default_threads, device_class
 
@@ -42,13 +43,6 @@ class EmbedConfig(Checked):
     home: str = setting(None, 'folder with data/checkpoints; default the project root')
     force: bool = setting(False, 'write the file again although it is there')
 
-# %% ../../nbs/experiments/76_embed.ipynb #d860772d
-def _taken(config):
-    # the folder of the encoder that is asked for
-    if bool(config.run) == bool(config.encoder):
-        raise ConfigError('run', config.run, 'the id of a run, or encoder with the folder of an exported one')
-    return weights_folder(config.encoder or checkpoint_folder(config, config.run)/'final')
-
 # %% ../../nbs/experiments/76_embed.ipynb #93bebdb1
 PART = 4096 # images
 BATCH = 256 # images decoded and embedded at a time; another number would change the last digits
@@ -59,13 +53,12 @@ def _batches(stored, start, stop, about):
               for where, file in stored.read(start, stop))
     while some := list(itertools.islice(images, BATCH)):
         x = torch.from_numpy(np.stack(some))
-        if about['channels'] == 1 and (x != x[:, :1]).any():
-            raise DataError(f'images from {start} on: in colour; accepted: grey ones, which the encoder was trained on')
+        require(about['channels'] > 1 or (x == x[:, :1]).all(), f'images from {start} on', 'in colour',
+                'grey ones, which the encoder was trained on', DataError)
         yield x[:, :about['channels']]
 
 def _part(encoder, views, stored, start, stop, about):
     # a table of names and features
-    import pyarrow as pa
     features = torch.cat([extract_features(encoder, x, views) for x in _batches(stored, start, stop, about)])
     names, width = stored.names(start, stop), features.shape[1]
     columns = {'file': pa.array([name for name, _, _ in names], pa.string())}
@@ -76,7 +69,6 @@ def _part(encoder, views, stored, start, stop, about):
 
 def _join(parts, out, about):
     # one file of the parts in their order; until it is whole it lies among them, and goes with them after a kill
-    import pyarrow.parquet as pq
     tmp = parts[0].with_name('joined')
     schema = pq.read_schema(parts[0]).with_metadata({'pid_ssl': json.dumps(about)})
     with contextlib.closing(pq.ParquetWriter(tmp, schema)) as writer:
@@ -86,10 +78,9 @@ def _join(parts, out, about):
 
 def _is_there(out, about):
     # whether a file holds these features
-    import pyarrow, pyarrow.parquet as pq
     try:
         return out.exists() and json.loads(pq.read_schema(out).metadata[b'pid_ssl']) == about
-    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError):
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         return False
 
 # %% ../../nbs/experiments/76_embed.ipynb #f84f519f
@@ -99,10 +90,13 @@ def embed(config: EmbedConfig, # what goes in, and where out
     an image that cannot be read, `StorageError`, and `RunInterrupted`; the same call then goes on."""
     device, out = device_class(config), Path(config.out).expanduser()
     torch.set_num_threads(config.threads or default_threads())
-    encoder, about = exported(_taken(config), config.data_dir)
-    if not config.images or not Path(config.images).expanduser().exists():
-        raise ConfigError('images', config.images, 'a folder of images or Parquet files that is there, or such a file')
-    stored = Stored(Path(config.images).expanduser())
+    require_value(bool(config.run) != bool(config.encoder), 'run', config.run,
+                  'the id of a run, or encoder with the folder of an exported one')
+    encoder, about = exported(config.encoder or checkpoint_folder(config, config.run)/'final', config.data_dir)
+    images = Path(config.images).expanduser()
+    require_value(config.images and images.exists(), 'images', config.images,
+                  'a folder of images or Parquet files that is there, or such a file')
+    stored = Stored(images)
     views = ViewMaker('none', about['mean'], about['std'], device=device)
     starts = range(0, len(stored), PART)
     sums = [digest([about, stored.names(i, i + PART)]) for i in starts]
@@ -116,21 +110,15 @@ def embed(config: EmbedConfig, # what goes in, and where out
         folder.mkdir(parents=True, exist_ok=True)
         stop.message = f'{out}: what is done lies in {folder}; the same call goes on there'
         for start, path in zip(starts, parts):
-            _make(path, lambda: _part(encoder.to(device), views, stored, start, start + PART, about))
+            if not path.exists():
+                tmp = path.with_suffix(f'.tmp-{os.getpid()}')
+                pq.write_table(_part(encoder.to(device), views, stored, start, start + PART, about), tmp)
+                os.replace(tmp, path)
             bar.update(min(PART, len(stored) - start))
         _join(parts, out, about)
         shutil.rmtree(folder)
     print(f'{out}: {len(stored):,} images, {about["encoder"]} features; read with pyarrow or pandas')
     return out
-
-def _make(path, table):
-    # a part, unless it is there
-    import pyarrow.parquet as pq
-    if path.exists():
-        return
-    tmp = path.with_suffix(f'.tmp-{os.getpid()}')
-    pq.write_table(table(), tmp)
-    os.replace(tmp, path)
 
 def command(argv: list | None = None, # default the process's arguments
            ) -> None:

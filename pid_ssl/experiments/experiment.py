@@ -75,8 +75,8 @@ class Experiment:
 
     def close(self) -> RunRecord: # finished
         "Write the record, with the time and the memory it took, and say what came out."
-        took = round(time.perf_counter() - self.start, 2)
-        self.record.provenance |= dict(wall_seconds=took, peak_memory_bytes=peak_memory(self.device))
+        self.record.provenance |= dict(wall_seconds=round(time.perf_counter() - self.start, 2),
+                                       peak_memory_bytes=peak_memory(self.device))
         path = self.record.save(self.path.parent)
         print(f"{headline(self.record.metrics, getattr(self.config, 'eval_on', 'test'))}; record {path}", flush=True)
         return self.record

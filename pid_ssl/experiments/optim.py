@@ -6,7 +6,7 @@
 __all__ = ['build_optimizer', 'OptimizerPair', 'Batches', 'Compiled']
 
 # %% ../../nbs/experiments/72_optim.ipynb #7b67ca14
-import warnings
+import itertools, warnings
 from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
@@ -37,51 +37,20 @@ def build_optimizer(config: Config,        # resolved
     return Lars(groups, lr=lr, momentum=0.9)
 
 # %% ../../nbs/experiments/72_optim.ipynb #6f1cf4e1
-class OptimizerPair:
+class OptimizerPair(torch.optim.Optimizer):
     "Two optimisers for different parameters, to the outside one."
     def __init__(self,
                  *parts: torch.optim.Optimizer, # for different parameters
                 ):
+        super().__init__([g for part in parts for g in part.param_groups], {})
         self.parts = parts
 
-    @property
-    def param_groups(self) -> list: # of all parts
-        "Groups of all parts, in order."
-        return [g for part in self.parts for g in part.param_groups]
-
-    def zero_grad(self,
-                  set_to_none: bool = True, # as in torch
-                 ) -> None:
-        "Forget the gradients."
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
     def step(self) -> None:
-        "One step of each."
+        "One step of each, with its own of the groups and with the state of all parameters."
+        groups = iter(self.param_groups)
         for part in self.parts:
+            part.param_groups, part.state = list(itertools.islice(groups, len(part.param_groups))), self.state
             part.step()
-
-    def state_dict(self) -> dict: # as torch's, parameters numbered through all parts
-        "State of all parts."
-        out = {'state': {}, 'param_groups': []}
-        for part in self.parts:
-            d, first = part.state_dict(), sum(len(g['params']) for g in out['param_groups'])
-            out['state'] |= {first + i: s for i, s in d['state'].items()}
-            out['param_groups'] += [g | {'params': [first + i for i in g['params']]} for g in d['param_groups']]
-        return out
-
-    def load_state_dict(self,
-                        state: dict, # as `state_dict` returned it
-                       ) -> None:
-        "Put all parts back."
-        first, done = 0, 0
-        for part in self.parts:
-            own = state['param_groups'][done:done + len(part.param_groups)]
-            count = sum(len(g['params']) for g in own)
-            slots = {i - first: s for i, s in state['state'].items() if first <= i < first + count}
-            groups = [g | {'params': [i - first for i in g['params']]} for g in own]
-            part.load_state_dict({'state': slots, 'param_groups': groups})
-            first, done = first + count, done + len(own)
 
 # %% ../../nbs/experiments/72_optim.ipynb #7048ebfd
 class Batches:
@@ -125,8 +94,6 @@ class Compiled:
                  x: torch.Tensor,  # what the module takes
                 ) -> torch.Tensor: # what it returns
         "The module's output."
-        if self.forward is self.module:
-            return self.module(x)
         try:
             return self.forward(x)
         except Exception as e:

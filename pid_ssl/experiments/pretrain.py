@@ -18,10 +18,9 @@ from ..records import (PRETRAINING, CheckpointError, RunLocked, RunRecord, StopS
     checkpoint_folder, load_checkpoint, lock_run, other_data, other_lengths, remove_checkpoint, run_id, save_checkpoint)
 from .collapse import LOOK, below_control, collapsed, readings, spectrum, untrained_spectrum
 from .experiment import Experiment, warn_unread
-from .init import Start, start_from
 from .processes import Processes, check_processes, join_processes, leave_when_stuck
 from .resume import checkpoints, load_state, save_state
-from .sets import probe_set, training_set
+from .start import Start, probe_set, start_from, training_set
 from .training import NonFiniteLoss, Pretraining, build_embed, default_threads, device_class
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #4347f90b
@@ -195,7 +194,7 @@ def _train(run, watch):
     stop.wait = False
     stop.check(stop.message)
 
-def _finish(run, trained):
+def _finish(run, trained, notes):
     # record and weights; the weights first: a record promises that they are there
     state, data = run.state, run.dataset
     images = (state.step - run.made)*step_images(run.config)
@@ -207,11 +206,11 @@ def _finish(run, trained):
     end = below_control(run.record.metrics, run.config.eval_on)
     if end:
         warnings.warn(end[0])
-    if said := collapsed(state.history) + end:
-        run.record.provenance['collapse'] = said
+    notes |= dict(collapse=collapsed(state.history) + end)
+    run.record.provenance |= {k: v for k, v in notes.items() if v}
     weights = {'encoder': state.embed[0].state_dict(), 'projector': state.embed[1].state_dict()}
-    header = dict(config=dataclasses.asdict(run.config), epoch=run.config.epochs)
-    header |= dict(mean=data.mean.tolist(), std=data.std.tolist())
+    header = dict(config=dataclasses.asdict(run.config), epoch=run.config.epochs, mean=data.mean.tolist(),
+                  std=data.std.tolist())
     save_checkpoint(run.folder/'final', weights, header)
     record = run.experiment.close()
     for old in checkpoints(run.folder):
@@ -221,15 +220,13 @@ def _finish(run, trained):
 # %% ../../nbs/experiments/74_pretrain.ipynb #e32c3881
 @contextlib.contextmanager
 def _algorithms(deterministic):
-    if not deterministic:
-        yield
-        return
-    cudnn, before = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    before, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    # read when CUDA starts; without it torch refuses to multiply matrices
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    if deterministic:
+        # read when CUDA starts; without it torch refuses to multiply matrices
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
@@ -288,15 +285,11 @@ def _pretrain(config, asked, device, watch, start):
             if group.first:
                 experiment.failed(e)
             raise
-        if probe is None:
-            run.record.provenance['accuracies'] = 'not measured: no labels'
-        elif not any(k.startswith('raw_') for k in run.record.metrics):
-            run.record.provenance['raw_pixels'] = 'not measured: too many values'
-        if other:
-            run.record.provenance |= dict(probe_hash=other, probe_note=probe.note)
-        if start.name:
-            run.record.provenance['init'] = start.about
-        return _finish(run, trained)
+        raw = any(k.startswith('raw_') for k in run.record.metrics)
+        return _finish(run, trained, dict(
+            accuracies='not measured: no labels' if probe is None else '',
+            raw_pixels='' if probe is None or raw else 'not measured: too many values',
+            probe_hash=other, probe_note=probe.note if other else '', init=start.about))
 
 def pretrain(config: Config,                # validated
              watch: Callable | None = None, # called with history and state after each epoch

@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import nn
-from ..config import Config, ConfigError, step_images
+from ..config import Config, require, require_value, step_images
 from ..losses import gather
 
 # %% ../../nbs/experiments/71_processes.ipynb #8c50773a
-_ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')
-
 def launched() -> tuple: # rank, processes, rank on this machine, processes on this machine
     "What torchrun put into the environment; (0, 1, 0, 1) without it."
-    found = [os.environ.get(k, '') for k in _ENVIRONMENT]
+    found = [os.environ.get(k, '') for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')]
     return tuple(map(int, found)) if all(v.isdigit() for v in found) else (0, 1, 0, 1)
 
 def cores() -> int:
@@ -34,22 +32,19 @@ def check_processes(config: Config, # resolved
     _, size, _, here = launched()
     if size == 1:
         return
-    if device == 'mps':
-        raise ConfigError('device', device, f'cpu or cuda with {size} processes')
-    if device == 'cuda' and here > torch.cuda.device_count():
-        most = f'at most {torch.cuda.device_count()} processes on this machine, one a GPU'
-        raise ConfigError('device', device, f'{most}; {here} were launched')
+    gpus = torch.cuda.device_count()
+    require_value(device != 'mps', 'device', device, f'cpu or cuda with {size} processes')
+    require_value(device != 'cuda' or here <= gpus, 'device', device,
+                  f'at most {gpus} processes on this machine, one a GPU; {here} were launched')
     b, images = config.batch_size, step_images(config)
     views = 2*b//images  # a step has fewer images where each has more views
     unit = size*views//math.gcd(2, size*views)
-    if images % size or images < 2*size:
-        near = max(2, b//unit)
-        what = 'the number of processes' if unit == size else f'for {size} processes and {views} views'
-        raise ConfigError('batch_size', b, f'a multiple of {unit}, {what}, from {2*unit}: '
-                          f'{near*unit} or {(near + 1)*unit} are near')
-    if config.download:
-        raise ConfigError('download', True, f'False with {size} processes, which would all write the same files: '
-                          'let a single process download first')
+    near = max(2, b//unit)
+    what = 'the number of processes' if unit == size else f'for {size} processes and {views} views'
+    require_value(images % size == 0 and images >= 2*size, 'batch_size', b,
+                  f'a multiple of {unit}, {what}, from {2*unit}: {near*unit} or {(near + 1)*unit} are near')
+    require_value(not config.download, 'download', True, f'False with {size} processes, which would all write the '
+                  'same files: let a single process download first')
 
 # %% ../../nbs/experiments/71_processes.ipynb #ec058ddb
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -83,13 +78,9 @@ def share_batchnorm(module: nn.Module, # changed in place
     "Replace every batch norm: by `SyncBatchNorm` on CUDA, else by `GlobalBatchNorm`."
     if device == 'cuda':
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            new = GlobalBatchNorm(child.num_features, child.eps, child.momentum, dtype=child.weight.dtype)
-            new.load_state_dict(child.state_dict())
-            setattr(module, name, new)
-        else:
-            share_batchnorm(child, device)
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.__class__ = GlobalBatchNorm  # the same parameters and buffers, another forward pass
     return module
 
 # %% ../../nbs/experiments/71_processes.ipynb #d46c89c0
@@ -149,34 +140,36 @@ class _Shared:
 # %% ../../nbs/experiments/71_processes.ipynb #d7253035
 class Processes(_Shared):
     "The processes of a run, as one of them sees them; without arguments one by itself, for which nothing is done."
+    def every(self,
+              value: object, # of this process
+             ) -> list:      # of all, in the order of their ranks
+        "What all processes have."
+        if self.size == 1:
+            return [value]
+        out = [None]*self.size
+        dist.all_gather_object(out, value)
+        return out
+
     def agree(self,
               **values: object, # what has to be equal
              ) -> None:
         "Raise `ConfigError` in all processes when one has another value than rank 0."
-        if self.size == 1:
-            return
-        every = [None]*self.size
-        dist.all_gather_object(every, values)
+        every = self.every(values)
         for rank, theirs in enumerate(every):
             for k, v in theirs.items():
-                if v != every[0][k]:
-                    first = f'{every[0][k]!r}, as in process 0'
-                    raise ConfigError(f'{k} of process {rank}', v,
-                                      f'{first}: same settings, data, source and folder of checkpoints')
+                first = f'{every[0][k]!r}, as in process 0'
+                require_value(v == every[0][k], f'{k} of process {rank}', v,
+                              f'{first}: same settings, data, source and folder of checkpoints')
 
     @contextlib.contextmanager
     def together(self) -> Iterator: # a context that all processes enter
         "What one process raises inside, all raise at the end."
-        if self.size == 1:
-            yield
-            return
         error = None
         try:
             yield
         except (ValueError, OSError, RuntimeError, ArithmeticError) as e:
             error = e
-        every = [None]*self.size
-        dist.all_gather_object(every, error and (type(error), str(error)))
+        every = self.every(error and (type(error), str(error)))
         if error is not None:
             raise error
         for kind, text in filter(None, every):
@@ -208,9 +201,8 @@ def join_processes(device: str, # 'cpu' or 'cuda'
                   ) -> Iterator: # a context that gives `Processes`
     "Meet the other processes that torchrun launched."
     rank, size, local, _ = launched()
-    if size > 1 and dist.is_initialized():
-        raise ValueError('process group: got one that is initialised; accepted: none, '
-                         'a run under torchrun makes its own')
+    require(size == 1 or not dist.is_initialized(), 'process group', 'got one that is initialised',
+            'none, a run under torchrun makes its own')
     if size > 1 and device == 'cuda':
         torch.cuda.set_device(local)
     if size > 1:

@@ -11,7 +11,7 @@ import dataclasses, functools, itertools, json, tomllib, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from ..config import Config, ConfigError, digest, identity, project_root, reads, resolve
+from ..config import Config, ConfigError, digest, identity, project_root, require_value, resolve
 from .controlled import CONTROLLED, controlled_id
 from .downstream import DOWNSTREAM, as_read, measured_fields, resolve_downstream
 from ..records import PRETRAINING, RecordError, RunRecord
@@ -28,8 +28,7 @@ def read_recipe(name: str | Path, # of a recipe in `nbs/sweeps`, or a .toml or .
     path, parsers = Path(name), {'.toml': tomllib.loads, '.json': json.loads}
     if path.suffix not in parsers:
         known = sorted(p.stem for p in recipes_folder().glob('*.toml'))
-        if str(name) not in known:
-            raise ConfigError('sweep', str(name), f"a .toml or .json file, or one of {', '.join(known)}")
+        require_value(str(name) in known, 'sweep', str(name), f"a .toml or .json file, or one of {', '.join(known)}")
         path = recipes_folder()/f'{name}.toml'
     try:
         return parsers[path.suffix](path.read_text(encoding='utf-8'))
@@ -118,15 +117,14 @@ def plan(recipe: dict | str | Path, # or its name
     "What a recipe asks for; raises `ConfigError` naming the field."
     recipe = recipe if isinstance(recipe, dict) else read_recipe(recipe)
     blocks, name = recipe.get('block', [{}]), recipe.get('experiment', 'pretraining')
-    if not isinstance(blocks, list) or not blocks or not all(isinstance(b, dict) for b in blocks):
-        raise ConfigError('block', blocks, 'a list of mappings of field names to values or lists of values')
-    if name not in KINDS:
-        raise ConfigError('experiment', name, ', '.join(KINDS))
+    require_value(isinstance(blocks, list) and blocks and all(isinstance(b, dict) for b in blocks), 'block', blocks,
+                  'a list of mappings of field names to values or lists of values')
+    require_value(name in KINDS, 'experiment', name, ', '.join(KINDS))
     kind, shared, out = KINDS[name], dict(recipe), {}
     encoders = [()]  # a run has none
     if kind is Measurement:
-        if 'encoders' not in shared:
-            raise ConfigError('encoders', None, 'the name of a recipe of pretraining runs, or a table that is one')
+        require_value('encoders' in shared, 'encoders', None,
+                      'the name of a recipe of pretraining runs, or a table that is one')
         encoders = [(p.config,) for p in plan(shared.pop('encoders'))]
     shared = {k: v for k, v in shared.items() if k not in ('block', 'experiment')}
     for block in blocks:
@@ -136,13 +134,9 @@ def plan(recipe: dict | str | Path, # or its name
             planned = kind(config, *encoder)
             out.setdefault((planned.key(), config.home), planned)
     for k in shared:
-        if not any(_reads(kind, _settled(kind, p.config), k) for p in out.values()):
+        if not any(kind.kind.reads(_settled(kind, p.config), k) for p in out.values()):
             warnings.warn(f'{k} = {shared[k]!r} has no effect: no record of the recipe reads it')
     return list(out.values())
-
-def _reads(kind, config, name):
-    # whether a run reads a field depends on more than its loss
-    return reads(config, name) if kind is Planned else kind.kind.reads(config, name)
 
 def _settled(kind, config):
     "With what presets give: a loss whose form is left open reads the fields of the form that it will have."
@@ -152,12 +146,12 @@ def _grid(kind, shared, block):
     fields = {**shared, **block}
     values = [v if isinstance(v, (list, tuple)) else [v] for v in fields.values()]
     for k, v in zip(fields, values):
-        if not v or any(x in v[:i] for i, x in enumerate(v)):
-            raise ConfigError(str(k), v, 'one value, or a list of different ones')
+        require_value(v and not any(x in v[:i] for i, x in enumerate(v)), str(k), v,
+                      'one value, or a list of different ones')
     for row in itertools.product(*values):
         config = kind.kind.parse(dict(zip(fields, row)))
         settled = _settled(kind, config)
-        idle = [k for k in shared if k not in block and not _reads(kind, settled, k)]
+        idle = [k for k in shared if k not in block and not kind.kind.reads(settled, k)]
         yield dataclasses.replace(config, **{k: config.__dataclass_fields__[k].default for k in idle})
 
 def _some(encoders, wanted):
@@ -166,8 +160,7 @@ def _some(encoders, wanted):
     lists = {k: v if isinstance(v, list) else [v] for k, v in given}
     fits = lambda c: all(getattr(c, k, None) in v for k, v in lists.items())
     some = [(c,) for c, in encoders if lists and fits(resolve(c))]
-    if not some:
-        raise ConfigError('encoders', wanted, 'in a block fields and values that some of the encoders have')
+    require_value(some, 'encoders', wanted, 'in a block fields and values that some of the encoders have')
     return some
 
 # %% ../../nbs/experiments/77_recipe.ipynb #2ce87b9f
@@ -176,11 +169,10 @@ def planned_again(record: RunRecord, # of any kind
                  ) -> Planned:
     "What gives a record again: its own settings, less those of the machine. Raises `RecordError`."
     kind = next(k for k in KINDS.values() if k.kind.by in record.config)
-    fields = {f.name: f for f in dataclasses.fields(kind.kind.config)}
+    fields = kind.kind.config.__dataclass_fields__
     config = kind.kind.parse({k: v for k, v in record.config.items() if fields[k].metadata['changes_result']})
-    more = {k: f.default for k, f in fields.items() if not _reads(kind, config, k)}
-    before = [k for k in fields if getattr(config, k) is None and k not in more]
-    more |= {k: fields[k].metadata['absent'] for k in before}
+    more = {k: f.metadata['absent'] for k, f in fields.items() if getattr(config, k) is None}
+    more |= {k: f.default for k, f in fields.items() if not kind.kind.reads(config, k)}
     if 'device' in fields:
         more['device'] = record.provenance['device']
     if kind is not Measurement:

@@ -9,8 +9,8 @@ __all__ = ['checkpoints', 'save_state', 'load_state']
 import dataclasses, functools, math, warnings
 from pathlib import Path
 import torch
-from ..config import ConfigError, from_dict, identity
-from ..records import CheckpointError, load_checkpoint, remove_checkpoint, require, save_checkpoint
+from ..config import ConfigError, from_dict, identity, require
+from ..records import CheckpointError, load_checkpoint, remove_checkpoint, save_checkpoint
 from .training import Pretraining
 
 # %% ../../nbs/experiments/74_resume.ipynb #d45ce988
@@ -24,23 +24,24 @@ def _modules(state):
     parts = {'encoder': state.embed[0], 'projector': state.embed[1], 'loss': state.loss, 'teacher': state.teacher}
     return {k: m for k, m in parts.items() if m is not None and (k != 'loss' or m.state_dict())}
 
-def _random(state):
-    # every random state that a step draws from
-    views = {f'views.{k}': v for k, v in state.views.state().items()}
-    device = {'cuda': torch.cuda.get_rng_state()} if state.device == 'cuda' else {}
-    return {'torch': torch.get_rng_state(), **views, **device}
+def _tensors(state):
+    # file stem -> name -> tensor: weights, moments, and every random state that a step draws from
+    slots = state.optimizer.state_dict()['state'].items()
+    optimizer = {f'{i}.{k}': torch.as_tensor(v) for i, s in slots for k, v in s.items() if v is not None}
+    random = {'torch': torch.get_rng_state(), **{f'views.{k}': v for k, v in state.views.state().items()}}
+    if state.device == 'cuda':
+        random['cuda'] = torch.cuda.get_rng_state()
+    weights = {stem: module.state_dict() for stem, module in _modules(state).items()}
+    return weights | dict(optimizer=optimizer, random=random)
 
 def save_state(state: Pretraining,   # between two steps
                folder: str | Path,   # of the run's checkpoints
               ) -> Path:             # the new checkpoint
     "Write a checkpoint and remove all but the last two; raises `StorageError`."
-    epoch, slots = len(state.history), state.optimizer.state_dict()['state'].items()
-    tensors = {stem: module.state_dict() for stem, module in _modules(state).items()}
-    tensors['optimizer'] = {f'{i}.{k}': torch.as_tensor(v) for i, s in slots for k, v in s.items() if v is not None}
-    tensors['random'] = _random(state)
+    epoch = len(state.history)
     header = dict(config=dataclasses.asdict(state.config), source_hash=state.source, epoch=epoch, step=state.step,
                   history=state.history, log=[{k: v.item() for k, v in row.items()} for row in state.log])
-    path = save_checkpoint(Path(folder)/f'epoch-{epoch:06d}', tensors, header)
+    path = save_checkpoint(Path(folder)/f'epoch-{epoch:06d}', _tensors(state), header)
     # damaged ones of later epochs, which were passed over, go too
     kept = [p for p in checkpoints(folder) if p.name <= path.name][-2:]
     for old in set(checkpoints(folder)) - set(kept):
@@ -64,8 +65,8 @@ def _check_header(state, at, header):
         raise CheckpointError(f'{at}: config: {e}') from None
     _require(theirs == ours, at, 'config is that of another run', f'that of this one, {ours}')
     for name in ('history', 'log'):
-        fits = _numbers(header.get(name))
-        _require(fits, at, f'{name} is not a list of names and finite numbers', 'one an epoch, one a step')
+        _require(_numbers(header.get(name)), at, f'{name} is not a list of names and finite numbers',
+                 'one an epoch, one a step')
     named, past, logged = int(at.parent.name[6:]), len(header['history']), len(header['log'])
     _require(epoch == named == past, at, f'epoch {epoch!r} with a history of {past}',
              f"{named}, as the folder's name says")
@@ -83,17 +84,14 @@ def _fits(at, given, wanted, sized=True):
         _require(same, at, f'{name} is {got.dtype} {tuple(got.shape)}', f'{want.dtype} {tuple(want.shape)}')
 
 def _check_tensors(state, path, tensors):
-    parts = _modules(state)
-    stems = {*parts, 'optimizer', 'random'}
-    _require(set(tensors) == stems, path/'header.json', f"files {', '.join(sorted(tensors))}", ', '.join(sorted(stems)))
-    for stem, module in parts.items():
-        _fits(path/f'{stem}.safetensors', tensors[stem], module.state_dict(), sized=stem != 'loss')
-    moments = {}
+    wanted = _tensors(state) | dict(optimizer={})  # its moments come with the first step
+    _require(set(tensors) == set(wanted), path/'header.json', f"files {', '.join(sorted(tensors))}",
+             ', '.join(sorted(wanted)))
     for i, p in enumerate(p for g in state.optimizer.param_groups for p in g['params']):
         slots = {'step': torch.tensor(0.), 'exp_avg': p, 'exp_avg_sq': p, 'momentum_buffer': p}
-        moments |= {f'{i}.{k}': v for k, v in slots.items() if f'{i}.{k}' in tensors['optimizer']}
-    _fits(path/'optimizer.safetensors', tensors['optimizer'], moments)
-    _fits(path/'random.safetensors', tensors['random'], _random(state))
+        wanted['optimizer'] |= {f'{i}.{k}': v for k, v in slots.items() if f'{i}.{k}' in tensors['optimizer']}
+    for stem in wanted:
+        _fits(path/f'{stem}.safetensors', tensors[stem], wanted[stem], sized=stem != 'loss')
 
 # %% ../../nbs/experiments/74_resume.ipynb #d4dc596f
 def _put_back(state, tensors):

@@ -8,8 +8,8 @@ __all__ = ['expand', 'unfinished', 'Job', 'SweepFailed', 'SweepStopped', 'make',
 # %% ../../nbs/experiments/78_sweep.ipynb #6342f1f8
 import argparse, collections, dataclasses, importlib.util, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
-from ..config import Config, ConfigError, as_arguments, digest, exit_meaning, project_root, told
-from ..records import PRETRAINING, RunInterrupted, StopSignals, checkpoint_folder, home_folder, writing
+from ..config import Config, as_arguments, digest, exit_meaning, project_root, read_options, require_value, told
+from ..records import PRETRAINING, RunInterrupted, StopSignals, check_folder, checkpoint_folder, home_folder
 from .process import in_process
 from .processes import cores
 from .recipe import Measurement, Planned, every_record, find, labels, plan
@@ -19,29 +19,26 @@ def expand(sweep: dict | str | Path, # config field -> value, or list of values;
           ) -> list:                 # of `Config`, the product of the lists, block after block
     "The configs of a sweep; raises `ConfigError` naming the field."
     planned = plan(sweep)
-    if any(p.kind is not PRETRAINING for p in planned):
-        raise ConfigError('experiment', planned[0].kind.name, 'a recipe of pretraining runs')
+    require_value(all(p.kind is PRETRAINING for p in planned), 'experiment', planned[0].kind.name,
+                  'a recipe of pretraining runs')
     return [p.config for p in planned]
 
 # %% ../../nbs/experiments/78_sweep.ipynb #b157b413
 def _records(planned):
     # the finished record of each, or None
-    out, homes = {}, {}
-    for i, p in enumerate(planned):
-        homes.setdefault(home_folder(p.config), []).append(i)
-    for home, mine in homes.items():
-        found = find([planned[i] for i in mine], every_record(home/'data'))
-        out |= {i: records[0] if records else None for i, records in zip(mine, found)}
-    return [out[i] for i in range(len(planned))]
+    found = {}
+    for home in {home_folder(p.config) for p in planned}:
+        mine = [p for p in planned if home_folder(p.config) == home]
+        found |= zip(mine, find(mine, every_record(home/'data')))
+    return [found[p][0] if found[p] else None for p in planned]
 
 def unfinished(configs: list, # of `Config`, each naming its device
               ) -> list:      # those without a finished record
     "The configs that have to be run; raises `ConfigError` for one that names no device."
     for c in configs:
-        if c.device == 'auto':
-            raise ConfigError('device', c.device, 'cpu, cuda, mps: the device of the machines that run the sweep')
-    records = _records([Planned(c) for c in configs])
-    return [c for c, record in zip(configs, records) if c.force or record is None]
+        require_value(c.device != 'auto', 'device', c.device,
+                      'cpu, cuda, mps: the device of the machines that run the sweep')
+    return [c for c, record in zip(configs, _records([Planned(c) for c in configs])) if c.force or record is None]
 
 # %% ../../nbs/experiments/78_sweep.ipynb #13656fd4
 class Job:
@@ -141,12 +138,10 @@ def _locked(run):
 
 def _work(runs, workers, total):
     # keep `workers` processes going; raises `SweepFailed` at the end, `SweepStopped` on a signal
-    if type(workers) is not int or workers < 1:
-        raise ConfigError('workers', workers, 'an integer from 1')
+    require_value(type(workers) is int and workers > 0, 'workers', workers, 'an integer from 1')
     waiting, failures, took, running = collections.deque(runs), {}, [], []
     for folder in {run.log.parent for run in runs}:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        check_folder(folder)
     hangup = [signal.SIGHUP] if hasattr(signal, 'SIGHUP') else []
     with StopSignals(*hangup, wait=True) as stop:
         try:
@@ -176,8 +171,8 @@ def _work(runs, workers, total):
                 run.process.stdin.close()  # each saves and ends
             took += [0. for run in running if run.process.wait() == 0]
     if stop.asked():
-        done = total - len(runs) + len(took)
-        raise SweepStopped(f'{done} of {total} runs are finished; the same call goes on', stop.number)
+        raise SweepStopped(f'{total - len(runs) + len(took)} of {total} runs are finished; the same call goes on',
+                           stop.number)
     if failures:
         raise SweepFailed(failures, total)
 
@@ -186,9 +181,8 @@ def _page(notebooks):
     # the notebook that is executed for each run, or None
     path = project_root()/'nbs'/'run_experiment.ipynb'
     able = path.is_file() and importlib.util.find_spec('papermill') is not None
-    if notebooks and not able:
-        raise ConfigError('notebooks', notebooks,
-                          f"False, or True with {path} and papermill (pip install 'pid_ssl[notebooks]')")
+    require_value(able or not notebooks, 'notebooks', notebooks,
+                  f"False, or True with {path} and papermill (pip install 'pid_ssl[notebooks]')")
     return path if able and notebooks is not False else None
 
 def _run_of(planned, name, folder, notebook):
@@ -220,13 +214,11 @@ def make(planned: list,                 # of `Planned`
     encoders = list(dict.fromkeys(planned[i].encoder for i in todo if isinstance(planned[i], Measurement)))
     ids = {None: None}
     if encoders:
-        made = make(_encoders(encoders), workers, name, notebooks)
-        ids |= {encoder: record.run_id for encoder, record in zip(encoders, made)}
+        ids |= zip(encoders, [r.run_id for r in make(_encoders(encoders), workers, name, notebooks)])
         todo = [i for i in todo if planned[i].config not in ids]
-    folder, called, jobs = home/'data'/'sweeps'/name, labels(planned), []
-    for i in todo:
-        ready = planned[i].at(run=ids[getattr(planned[i], 'encoder', None)])
-        jobs.append(_run_of(ready, called[i], folder, notebook))
+    folder, called = home/'data'/'sweeps'/name, labels(planned)
+    ready = {i: planned[i].at(run=ids[getattr(planned[i], 'encoder', None)]) for i in todo}
+    jobs = [_run_of(p, called[i], folder, notebook) for i, p in ready.items()]
     more = f', {len(todo)} to make, {workers} at a time; logs in {folder}' if todo else ''
     print(f'{name}: {len(planned)} runs, {len(planned) - len(todo)} finished{more}', flush=True)
     for part in folder.glob('*.part-*.ipynb'):
@@ -242,8 +234,7 @@ def run_sweep(sweep: dict | str | Path,      # a sweep, or the file that holds i
              ) -> list:                      # of `RunRecord`, in the recipe's order
     "Make what a recipe asks for and has no finished record; raises what `make` does."
     name = name or (digest(sweep) if isinstance(sweep, dict) else Path(sweep).stem)
-    if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', name):
-        raise ConfigError('name', name, 'a folder name of letters, digits, . _ -')
+    require_value(re.fullmatch(r'[A-Za-z0-9][\w.-]*', name), 'name', name, 'a folder name of letters, digits, . _ -')
     return make([p.at(home=str(home_folder(p.config))) for p in plan(sweep)], workers, name, notebooks)
 
 # %% ../../nbs/experiments/78_sweep.ipynb #965c9c6d
@@ -270,11 +261,8 @@ def submit_sweep(sweep: dict | str | Path, # a sweep, or the file that holds it
 def command(argv: list | None = None, # default the process's arguments
            ) -> None:
     "`pid_ssl sweep`; raises what `run_sweep` raises."
-    about = 'Make every run of a recipe that has no finished record.'
-    parser = argparse.ArgumentParser('pid_ssl sweep', description=about)
-    parser.add_argument('sweep', help='a .toml or .json file, or the name of a recipe in nbs/sweeps')
-    parser.add_argument('--workers', type=int, default=1, help='runs at a time')
-    parser.add_argument('--notebooks', action=argparse.BooleanOptionalAction,
-                        help='execute nbs/run_experiment.ipynb for each run; default when it and papermill are there')
-    given = parser.parse_args(argv)
-    run_sweep(given.sweep, given.workers, notebooks=given.notebooks)
+    run_sweep(**read_options(argv, 'pid_ssl sweep', 'Make every run of a recipe that has no finished record.', {
+        'sweep': dict(help='a .toml or .json file, or the name of a recipe in nbs/sweeps'),
+        '--workers': dict(type=int, default=1, help='runs at a time'),
+        '--notebooks': dict(action=argparse.BooleanOptionalAction, help='execute nbs/run_experiment.ipynb for each '
+                            'run; default when it and papermill are there')}))

@@ -13,8 +13,7 @@ from .base import SMALLEST, WIDTH, ink, markdown_table, plotting, smallest_type,
 from .frames import (SPLITS, TRACE, caption, default_identity, frame, matching, methods,
                                     one_setting_each, passes_caption, training_caption, value_of)
 from .gallery import DataFile, Gallery, committed, data_file, show
-from .listings import drift, write_pages
-from .markers import fill_markers, fill_notebook
+from .listings import drift, fill_markers, fill_notebook, write_pages
 from .runs import plot_accuracy, plot_atoms, plot_run, results_table, run_table
 
 _all_ = ['DataFile', 'Gallery', 'SMALLEST', 'SPLITS', 'TRACE', 'WIDTH', 'caption', 'committed', 'data_file',

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'SMALLEST', 'STYLE', 'SHORT', 'plotting', 'panels', 'ink', 'smallest_type', 'legend_above', 'plot_means',
-           'plot_differences', 'label_rows', 'table', 'spread', 'listed', 'seeds_each', 'half_width', 'interval',
-           'markdown_table']
+           'plot_differences', 'label_rows', 'table', 'tabled', 'spread', 'listed', 'seeds_each', 'half_width',
+           'interval', 'markdown_table']
 
 # %% ../../nbs/figures/81_base.ipynb #190dfa91
+from collections import Counter
+from functools import wraps
 import numpy as np
 
 # %% ../../nbs/figures/81_base.ipynb #94273b6c
@@ -50,15 +52,15 @@ def smallest_type(fig: object, # matplotlib Figure
     return min(t.get_fontsize() for t in fig.findobj(Text) if t.get_text() and t.get_visible())
 
 # %% ../../nbs/figures/81_base.ipynb #91c8d7c9
-def legend_above(fig: object,    # matplotlib Figure
+def legend_above(fig: object,    # matplotlib Figure or Axes
                  axes: list,     # whose labels are shown, each once
                  ncols: int = 0, # 0: all in one line
                  **style,        # of `Figure.legend`
-                ) -> None:
-    "One legend for all panels, above them."
+                ) -> object:     # matplotlib Figure
+    "The figure with one legend for all panels, above them."
     shown = {text: line for ax in axes for line, text in zip(*ax.get_legend_handles_labels())}
     style = dict(frameon=False, loc='outside upper center', ncols=ncols or len(shown)) | style
-    fig.legend(shown.values(), shown, **style)
+    return fig.legend(shown.values(), shown, **style).figure
 
 def plot_means(ax: object,        # matplotlib Axes
                x: object,         # pandas Series: where each run stands
@@ -78,7 +80,7 @@ def plot_means(ax: object,        # matplotlib Axes
     ax.annotate(text, (at, end), (at + gap, end), color=colour, fontsize=7, va='center', annotation_clip=False)
 
 def plot_differences(ax: object,       # matplotlib Axes
-                     d: object,        # pandas Series: a difference a seed
+                     d: object,        # pandas Series or array: a difference a seed
                      y: float,         # place of the row
                      label: str,       # for the legend
                      colour: object,   # of all of it
@@ -111,6 +113,14 @@ def table(rows: list, # of dicts: column -> text
     "A table of text; what a row lacks is empty."
     return plotting()[2].DataFrame(rows).fillna('')
 
+def tabled(rows: object, # a function that yields dicts: column -> text
+          ) -> object:   # the same function, which gives a pandas DataFrame of text
+    "Decorator of what makes a table row by row."
+    @wraps(rows)
+    def made(*given):
+        return table(rows(*given))
+    return made
+
 def spread(values: list, # numbers, or anything that can be listed
           ) -> str:
     "Mean and sample standard deviation, or the single value."
@@ -126,19 +136,16 @@ def listed(values: list,   # anything that can be sorted
 def seeds_each(pairs: list, # of a setting and a seed
               ) -> str:     # such as '2 to 5 seeds'
     "How many different seeds a setting has."
-    seeds = {}
-    for setting, seed in pairs:
-        seeds.setdefault(setting, set()).add(seed)
-    numbers = sorted({len(s) for s in seeds.values()}) or ['no']
+    numbers = sorted(set(Counter(setting for setting, _ in set(pairs)).values())) or ['no']
     return ' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1])))) + (' seed' if numbers == [1] else ' seeds')
 
-def half_width(d: object, # pandas Series of differences
+def half_width(d: object, # pandas Series or array of differences
               ) -> float:
     "Half of the 95 % interval of Student's t."
     from scipy import stats
     return stats.t.ppf(0.975, len(d) - 1)*d.std(ddof=1)/len(d)**0.5
 
-def interval(d: object, # pandas Series of differences
+def interval(d: object, # pandas Series or array of differences
             ) -> str:
     "The 95 % interval of Student's t around the mean."
     half = half_width(d)

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['CHANCE', 'READ_FROM', 'PARTS', 'PROBES', 'CONTROLS', 'TITLES', 'ASKED', 'reported', 'measures',
-           'published_trifeature', 'in_order', 'trifeature_table', 'audit_table', 'paired_table', 'plot_trifeature',
+           'published_trifeature', 'trifeature_table', 'audit_table', 'paired_table', 'plot_trifeature',
            'trifeature_caption', 'probes_caption', 'audit_caption']
 
 # %% ../../nbs/figures/83_controlled.ipynb #ec858e54
-import csv
 import numpy as np
 from ..config import project_root
 from ..data.trifeature import TRUTH
 from ..experiments.controlled import ARMS
-from .base import interval, legend_above, listed, panels, plotting, seeds_each, spread, table
+from .base import interval, legend_above, listed, panels, plotting, seeds_each, spread, table, tabled
+from .frames import conflicts
 
 # %% ../../nbs/figures/83_controlled.ipynb #a1aad830
 CHANCE = {'R': 10, 'U': 10, 'S': 50}
@@ -29,18 +29,16 @@ TITLES = {**ARMS, **CONTROLS}
 def reported(records: list, # of `controlled_benchmark`
             ) -> list:
     "Records without the seeds that chose the settings (from 100); raises `ValueError` for two settings of an arm."
-    out, seen = [r for r in records if r.config['seed'] < 100], {}
-    for r in out:
-        arm, pairing, seed = key = tuple(r.config[k] for k in ('arm', 'pairing', 'seed'))
-        if key in seen:
-            raise ValueError(f'arm {arm!r}, {pairing} pairs, seed {seed}: records {seen[key]} and {r.run_id}; '
-                             'accepted: one setting an arm (leave the other out, or give it a seed from 100)')
-        seen[key] = r.run_id
+    out = [r for r in records if r.config['seed'] < 100]
+    claims = [('arm {arm!r}, {pairing} pairs, seed {seed}'.format(**r.config), i, r) for i, r in enumerate(out)]
+    for place, other, _, r, _ in conflicts(claims):
+        raise ValueError(f'{place}: records {other.run_id} and {r.run_id}; accepted: one setting an arm (leave the '
+                         'other out, or give it a seed from 100)')
     return out
 
 def measures(records: list, # of `controlled_benchmark`
             ):              # pandas DataFrame: arm, seed, question, probe, accuracy in percent
-    "One row a seed, arm, question and probe; what is untrained is an arm of `CONTROLS`, once a seed and question."
+    "A row an arm (in the order of `TITLES`), seed, question and probe; what is untrained once a seed and question."
     rows = []
     for r in records:
         for question in [q for q, pairing in READ_FROM.items() if pairing == r.config['pairing']]:
@@ -51,44 +49,36 @@ def measures(records: list, # of `controlled_benchmark`
                     if keys[0] in r.metrics:  # some arms have no fused layer
                         rows.append({'arm': name, 'seed': r.config['seed'], 'question': question, 'probe': probe,
                                      'accuracy': float(np.mean([r.metrics[k] for k in keys]))})
-    return plotting()[2].DataFrame(rows).drop_duplicates(['arm', 'seed', 'question', 'probe']).reset_index(drop=True)
+    data = plotting()[2].DataFrame(rows).drop_duplicates(['arm', 'seed', 'question', 'probe'])
+    return data.sort_values('arm', key=lambda arm: arm.map(list(TITLES).index), kind='stable', ignore_index=True)
 
 def published_trifeature() -> dict: # method -> {R, U, S} in percent, its network, and where the numbers come from
     "Published values for orientation, from `data/published.csv`."
-    with open(project_root()/'data'/'published.csv', newline='') as f:
-        rows = [r for r in csv.DictReader(f) if r['dataset'].startswith('Trifeature ')]
-    out = {}
-    for method in dict.fromkeys(r['method'] for r in rows):
-        mine = [r for r in rows if r['method'] == method]
-        network, source, note = ('; '.join(dict.fromkeys(r[k] for r in mine)) for k in ('backbone', 'source', 'note'))
-        accuracies = {r['dataset'][-1]: float(r['linear_top1']) for r in mine}
+    file, out = project_root()/'data'/'published.csv', {}
+    rows = plotting()[2].read_csv(file, dtype=str, keep_default_na=False)
+    for method, mine in rows[rows.dataset.str.startswith('Trifeature ')].groupby('method', sort=False):
+        network, source, note = ('; '.join(mine[k].unique()) for k in ('backbone', 'source', 'note'))
+        accuracies = dict(zip(mine.dataset.str[-1], mine.linear_top1.astype(float)))
         out[method] = accuracies | {'network': network, 'source': f'{source}: {note}'}
     return out
 
 # %% ../../nbs/figures/83_controlled.ipynb #2d7c32f2
-def in_order(data: object, # of `measures`
-            ) -> list:     # of (arm, its rows)
-    "Arms in the order of `TITLES`."
-    return sorted(data.groupby('arm'), key=lambda group: list(TITLES).index(group[0]))
-
+@tabled
 def trifeature_table(records: list, # of `controlled_benchmark`
                     ):              # pandas DataFrame of text
     "Accuracy by arm, mean ± standard deviation over seeds, and the processor time of a run; published values below."
-    data, rows = measures(records), []
-    for arm, d in in_order(data):
+    for arm, d in measures(records).groupby('arm', sort=False):
         cost = [r.provenance for r in records if r.config['arm'] == arm]
         cells = {(p, q): v for (p, q), v in d.groupby(['probe', 'question']).accuracy}
         values = {f'{q} {PROBES[p][0]}': spread(cells[p, q]) if (p, q) in cells else '' for p in PROBES for q in CHANCE}
         passes, seconds = ([c[k] for c in cost if c.get(k) is not None] for k in ('image_passes', 'cpu_seconds'))
         seeds = [str(d[d.question == q].seed.nunique()) for q in CHANCE]
-        rows.append({'arm': TITLES[arm], 'seeds (R, U, S)': ', '.join(seeds), **values,
-                     'image passes': f'{np.mean(passes)/1e6:.2f} M' if passes else '',
-                     'processor s a run (median)': f'{np.median(seconds):.0f}' if seconds else '',
-                     'source': 'measured here'})
+        yield {'arm': TITLES[arm], 'seeds (R, U, S)': ', '.join(seeds), **values,
+               'image passes': f'{np.mean(passes)/1e6:.2f} M' if passes else '',
+               'processor s a run (median)': f'{np.median(seconds):.0f}' if seconds else '', 'source': 'measured here'}
     for name, v in published_trifeature().items():
-        rows.append({'arm': f"{name}, published ({v['network']})", **{f'{q} linear': f'{v[q]:.1f}' for q in CHANCE},
-                     'source': v['source']})
-    return table(rows)
+        yield {'arm': f"{name}, published ({v['network']})", **{f'{q} linear': f'{v[q]:.1f}' for q in CHANCE},
+               'source': v['source']}
 
 # %% ../../nbs/figures/83_controlled.ipynb #4e10142b
 # question -> what it is about, and the kind of pairs it is asked on
@@ -113,33 +103,29 @@ def audit_table(records: list, # of `controlled_benchmark`
                 row |= {column: f'{kept:.2f}', rest: f'{others:.2f}'}
     return table(rows)
 
+@tabled
 def paired_table(records: list,            # of both arms
                  ours: str = 'pid_pairing',# an arm
                  baseline: str = 'comm',   # another
                 ):                         # pandas DataFrame of text
     "Ours less the baseline over the seeds both have, in points, with a 95 % interval; both read from the same layer."
-    data, rows = measures(records), []
-    wide = data.pivot(index=['question', 'probe', 'seed'], columns='arm', values='accuracy')
-    wide = wide.reindex(columns=[ours, baseline]).dropna()
-    both = wide[ours] - wide[baseline]
+    wide = measures(records).pivot(index=['question', 'probe', 'seed'], columns='arm', values='accuracy')
+    both = wide.reindex(columns=[baseline, ours]).diff(axis=1)[ours].dropna()
     for question in CHANCE:
         for probe, (name, _, _) in PROBES.items():
             d = both[(both.index.get_level_values(0) == question) & (both.index.get_level_values(1) == probe)]
             if len(d) > 1:
-                rows.append({'comparison': f'{TITLES[ours]} - {TITLES[baseline]}', 'question': question,
-                             'probe': name, 'paired seeds': str(len(d)), 'difference': f'{d.mean():+.2f}',
-                             '95 % interval': interval(d)})
-    return table(rows)
+                yield {'comparison': f'{TITLES[ours]} - {TITLES[baseline]}', 'question': question, 'probe': name,
+                       'paired seeds': str(len(d)), 'difference': f'{d.mean():+.2f}', '95 % interval': interval(d)}
 
 # %% ../../nbs/figures/83_controlled.ipynb #41a51be4
 def plot_trifeature(records: list, # of `controlled_benchmark`
                    ):              # matplotlib Figure
     "Accuracy of the three questions by arm and probe: every seed a mark, the mean a bar, chance dotted."
     data = measures(records)
-    arms = [arm for arm, _ in in_order(data)][::-1]
-    blue, orange, green = plotting()[1].color_palette('colorblind')[:3]
-    marks = {'fused': (green, 'D', 2.5, green, 0.27), 'linear': (blue, 'o', 3, blue, 0.),
-             'mlp': (orange, 'o', 3, 'w', -0.27)}
+    arms = data.arm.unique().tolist()[::-1]
+    marks = {'fused': ('C2', 'D', 2.5, 'C2', 0.27), 'linear': ('C0', 'o', 3, 'C0', 0.),
+             'mlp': ('C1', 'o', 3, 'w', -0.27)}
     fig, axes = panels(1, 3, 0.8 + 0.32*len(arms), sharey=True)
     for ax, (q, chance) in zip(axes, CHANCE.items()):
         for probe, (colour, mark, size, face, shift) in marks.items():
@@ -152,10 +138,8 @@ def plot_trifeature(records: list, # of `controlled_benchmark`
         ax.set(xlabel=f'{q}: accuracy (%)', xlim=(min(chance, *data[data.question == q].accuracy) - 6, 103))
         for y in range(len(arms) - 1):
             ax.axhline(y + 0.5, color='0.93', lw=0.6, zorder=0)
-    axes[0].set_ylim(-0.6, len(arms) - 0.4)
-    axes[0].set_yticks(range(len(arms)), [TITLES[a] for a in arms])
-    legend_above(fig, axes[:1], 4, handletextpad=0.4, columnspacing=1.2)
-    return fig
+    axes[0].set(yticks=range(len(arms)), yticklabels=[TITLES[a] for a in arms], ylim=(-0.6, len(arms) - 0.4))
+    return legend_above(fig, axes[:1], 4, handletextpad=0.4, columnspacing=1.2)
 
 # %% ../../nbs/figures/83_controlled.ipynb #945044dc
 def trifeature_caption(records: list, # of one figure
@@ -164,13 +148,12 @@ def trifeature_caption(records: list, # of one figure
     steps, batch = (listed(str(r.config[k]) for r in records) for k in ('steps', 'batch_size'))
     weights = {'PID losses with beta =': ('beta', ('pid_coordinate', 'pid_gaussian', 'pid_infonce')),
                'weight of the pairing': ('pairing_weight', ('pid_pairing',))}
-    used = ''
-    for name, (key, arms) in weights.items():
-        values = listed((format(r.config[key], 'g') for r in records if r.config['arm'] in arms), ' or ')
-        used += f'{name} {values}; ' if values else ''
+    values = {name: listed((format(r.config[key], 'g') for r in records if r.config['arm'] in arms), ' or ')
+              for name, (key, arms) in weights.items()}
+    used = ''.join(f'{name} {v}; ' for name, v in values.items() if v)
     data, device = (listed(r.provenance[k] for r in records) for k in ('dataset_note', 'device_name'))
-    rows = [(r.config['pairing'], r.config['arm'], r.config['seed']) for r in records]
-    apart, inside = (seeds_each((arm, s) for p, arm, s in rows if p == kind) for kind in ('independent', 'inside'))
+    apart, inside = (seeds_each((r.config['arm'], r.config['seed']) for r in records if r.config['pairing'] == kind)
+                     for kind in ('independent', 'inside'))
     return (f"{data}; {steps} steps of {batch} pairs, {apart} an arm for R and U, {inside} for S; {used}"
             f"unseen combinations, S on balanced pairs; {device}.")
 

@@ -9,11 +9,13 @@ __all__ = ['METHODS', 'PUBLISHED', 'measured_by', 'asked', 'by_training', 'measu
 
 # %% ../../nbs/figures/85_downstream.ipynb #bd7b1da0
 import csv, io, re
+from operator import itemgetter
 import numpy as np
 from ..config import LOSS_TABLE, POLICIES_BY_DATASET, PRESETS, TASK_TABLE, metric_end
-from .base import SHORT, interval, label_rows, listed, panels, plot_differences, plotting, spread, table
+from .base import (SHORT, interval, label_rows, legend_above, listed, panels, plot_differences, plotting,
+                                  spread, tabled)
 from .curves import PAIRS
-from .frames import one_copy_each, unlike
+from .frames import conflicts, one_copy_each, unlike
 
 # %% ../../nbs/figures/85_downstream.ipynb #edaf4cc0
 # rows of tables: losses, then controls
@@ -36,33 +38,28 @@ def asked(record: object, # `RunRecord` of `downstream`
     return c
 
 def by_training(records: list, # of `downstream`
-               ) -> dict:      # dataset -> its records
+               ) -> list:      # of (dataset, record)
     "Records by the dataset that their encoder was pretrained on; raw pixels with all that was measured as they were."
-    encoders, out = [r for r in records if r.config['weights'] != 'pixels'], {}
-    for r in encoders:
-        out.setdefault(r.provenance['encoder']['dataset'], []).append(r)
-    beside = {d: [asked(r) for r in rs] for d, rs in out.items()}
+    out = [(r.provenance['encoder']['dataset'], r) for r in records if r.config['weights'] != 'pixels']
+    beside = [(dataset, asked(r)) for dataset, r in out]
     for r in [r for r in records if r.config['weights'] == 'pixels']:
-        for dataset in [d for d, others in beside.items() if asked(r) in others] or [r.config['dataset']]:
-            out.setdefault(dataset, []).append(r)
-    return dict(sorted(out.items()))
+        here = {dataset for dataset, question in beside if question == asked(r)} or {r.config['dataset']}
+        out += [(dataset, r) for dataset in here]
+    return sorted(out, key=lambda pair: pair[0])
 
 # %% ../../nbs/figures/85_downstream.ipynb #85c858de
 def measures(records: list, # of `downstream`
             ):              # pandas DataFrame: trained (on which dataset), method, seed, measure, value (%, points)
     "One row an encoder and measure, a shared control once; raises `ValueError` naming two records that claim one row."
     one_copy_each(records)
-    rows, places = [], {}
-    for trained, r in [(d, r) for d, rs in by_training(records).items() for r in rs]:
-        for place, (measure, value) in enumerate(_measures(r, trained).items()):
-            row = {'trained': trained, 'method': measured_by(r), 'seed': r.provenance['encoder'].get('seed', 0),
-                   'measure': measure}
-            places.setdefault(tuple(row.values()), []).append(r)
-            c = r.config
-            order = list(TASK_TABLE).index(c['task']), c['dataset'] != trained, c['dataset'], c['fraction'], place
-            rows.append(row | {'value': value, 'order': order})
-    one_each(places)
-    place = ['trained', 'method', 'seed', 'measure']
+    rows, claims, place = [], [], ['trained', 'method', 'seed', 'measure']
+    for trained, r in by_training(records):
+        c = r.config
+        for i, (measure, value) in enumerate(_measures(r, trained).items()):
+            order = list(TASK_TABLE).index(c['task']), c['dataset'] != trained, c['dataset'], c['fraction'], i
+            claims.append(((trained, measured_by(r), r.provenance['encoder'].get('seed', 0), measure), r))
+            rows.append((*claims[-1][0], value, order))
+    one_each(claims)
     out = plotting()[2].DataFrame(rows, columns=[*place, 'value', 'order']).drop_duplicates(place)
     return out.sort_values(['trained', 'order', 'method', 'seed']).reset_index(drop=True)
 
@@ -81,34 +78,30 @@ def _measures(record, trained):
         out[label.format(**words) + there] = float(np.mean([found[k] for k in keys]))
     return out
 
-def one_each(places: dict, # what a cell of a table stands for -> records that claim it; one that is listed twice is one
+def one_each(claims: list, # of (what a cell of a table stands for, record); one that is listed twice is one
             ) -> None:
     "Raise `ValueError` naming two different records for one place."
-    for place, found in places.items():
-        a, b = (list({r.run_id: r for r in found}.values())*2)[:2]
-        if a.run_id != b.run_id:
-            where = ', '.join(str(v) for v in place if v != '')
-            differ = unlike(_circumstances(a), _circumstances(b)) or 'nothing but the run or the device'
-            raise ValueError(f'records {a.run_id} and {b.run_id} are both for {where}; they differ in {differ}; '
-                             'accepted: one of them (select with `load_downstream`, or move the other one out of '
-                             'data/downstream)')
+    for place, a, _, b, _ in conflicts([(place, r.run_id, r) for place, r in claims]):
+        where = ', '.join(str(v) for v in place if v != '')
+        differ = unlike(_circumstances(a), _circumstances(b)) or 'nothing but the run or the device'
+        raise ValueError(f'records {a.run_id} and {b.run_id} are both for {where}; they differ in {differ}; accepted: '
+                         'one of them (select with `load_downstream`, or move the other one out of data/downstream)')
 
 def _circumstances(record):
     skip = 'run', 'weights', 'sha256', 'dataset_hash'
     return asked(record) | {f'encoder_{k}': v for k, v in record.provenance['encoder'].items() if k not in skip}
 
 # %% ../../nbs/figures/85_downstream.ipynb #7ef2bbe7
+@tabled
 def downstream_table(records: list, # of `downstream`
                     ):              # pandas DataFrame of text
     "Mean ± standard deviation over encoders of different seeds, and their number."
-    data, rows = measures(records), []
+    data = measures(records)
     shown = [m for m in METHODS if m in set(data.method)]
     for (trained, measure), d in data.groupby(['trained', 'measure'], sort=False):
-        row = {'trained on': SHORT.get(trained, trained), 'measure': measure} | {METHODS[m]: '' for m in shown}
-        for method, v in d.groupby('method').value:
-            row[METHODS[method]] = spread(v) + (f' ({len(v)})' if method != 'pixels' else '')
-        rows.append(row)
-    return table(rows)
+        cells = {m: spread(v) + (f' ({len(v)})' if m != 'pixels' else '') for m, v in d.groupby('method').value}
+        yield {'trained on': SHORT.get(trained, trained), 'measure': measure,
+               **{METHODS[m]: cells.get(m, '') for m in shown}}
 
 def paired_difference(ours: object,     # pandas Series of one measure, by seed
                       baseline: object, # the same of another method
@@ -120,18 +113,18 @@ def paired_difference(ours: object,     # pandas Series of one measure, by seed
     between = f" [{interval(d).replace(' to ', ', ')}]" if len(d) > 1 else ''
     return f'{d.mean():+.2f}{between} ({len(d)})'
 
+@tabled
 def difference_table(records: list, # of `downstream`
                     ):              # pandas DataFrame of text
     "Each method less the untrained network, and each of ours less its baseline, in points."
-    data, rows = measures(records), []
+    data = measures(records)
     there = [m for m in LOSS_TABLE if m in set(data.method)]
     pairs = [(m, 'untrained') for m in there] + [p for p in PAIRS if set(p) <= set(there)]
     for (trained, measure), d in data.groupby(['trained', 'measure'], sort=False):
         by = {m: g.set_index('seed').value for m, g in d.groupby('method')}
-        cells = {f'{METHODS[a]} - {METHODS[b]}': paired_difference(by[a], by[b]) if a in by and b in by else ''
-                 for a, b in pairs}
-        rows.append({'trained on': SHORT.get(trained, trained), 'measure': measure, **cells})
-    return table(rows)
+        yield {'trained on': SHORT.get(trained, trained), 'measure': measure,
+               **{f'{METHODS[a]} - {METHODS[b]}': paired_difference(by[a], by[b]) if {a, b} <= set(by) else ''
+                  for a, b in pairs}}
 
 # %% ../../nbs/figures/85_downstream.ipynb #8b4a2b45
 def plot_downstream(records: list, # of `downstream`, encoders trained on one dataset
@@ -141,16 +134,13 @@ def plot_downstream(records: list, # of `downstream`, encoders trained on one da
     wide = data.pivot_table(index=['measure', 'seed'], columns='method', values='value')
     there = [row for k, row in LOSS_TABLE.items() if k in wide]
     names = [m for m in data.measure.unique() if wide.loc[m, 'untrained'].notna().any()]
-    fig, ax = panels(1, 1, 0.7 + 0.34*len(names), width=1.6)
+    _, ax = panels(1, 1, 0.7 + 0.34*len(names), width=1.6)
     for i, row in enumerate(there):
         for j, name in enumerate(names):
             d = (wide.loc[name, row.name] - wide.loc[name, 'untrained']).dropna()
             plot_differences(ax, d, j + 0.6*((i + 0.5)/len(there) - 0.5), row.title, row.colour)
     label_rows(ax, names, xlabel='difference from the untrained network (points)')
-    shown = {text: line for line, text in zip(*ax.get_legend_handles_labels())}
-    ax.legend(shown.values(), shown, frameon=False, loc='lower center', bbox_to_anchor=(0.4, 1), ncols=3,
-              handletextpad=0.2, columnspacing=1.)
-    return fig
+    return legend_above(ax, [ax], 3, loc='lower center', bbox_to_anchor=(0.4, 1), handletextpad=0.2, columnspacing=1.)
 
 def downstream_caption(records: list, # of one figure
                       ) -> str:       # one or two sentences
@@ -169,17 +159,16 @@ def downstream_caption(records: list, # of one figure
 # %% ../../nbs/figures/85_downstream.ipynb #42cc8129
 PUBLISHED = 'CIFAR-10', 'CIFAR-100', 'STL-10', 'Tiny-ImageNet'  # datasets whose rows are shown
 
+@tabled
 def published_table(rows: str, # text of data/published.csv
                    ):          # pandas DataFrame of text
     "Published accuracies with their protocol and source in words."
-    out = []
-    for r in csv.DictReader(io.StringIO(rows)):
+    for r in sorted(csv.DictReader(io.StringIO(rows)), key=itemgetter('dataset', 'method')):
         if r['dataset'] in PUBLISHED:
             protocol = f"kNN: {r['knn_protocol']}" if r['knn_protocol'] else ''
-            out.append({'dataset': r['dataset'], 'method': r['method'], 'network': r['backbone'], 'epochs': r['epochs'],
-                        'batch': r['batch_size'], 'linear': r['linear_top1'], 'kNN': r['knn_top1'],
-                        'how it was measured': '; '.join(filter(None, (r['note'], protocol))), 'source': r['source']})
-    return table(out).sort_values(['dataset', 'method'], kind='stable').reset_index(drop=True)
+            yield {'dataset': r['dataset'], 'method': r['method'], 'network': r['backbone'], 'epochs': r['epochs'],
+                   'batch': r['batch_size'], 'linear': r['linear_top1'], 'kNN': r['knn_top1'],
+                   'how it was measured': '; '.join(filter(None, (r['note'], protocol))), 'source': r['source']}
 
 def published_caption(rows: str, # text of data/published.csv
                      ) -> str:   # two sentences

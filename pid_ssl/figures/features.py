@@ -13,7 +13,7 @@ import torch
 from ..config import ConfigError
 from ..data import DataError
 from ..data.images import decode, pixels
-from ..data.stored import Stored
+from ..data.sources import Stored
 from .base import panels
 from .page import plot_grid
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from ..config import LOSS_TABLE, digest, project_root
-from .base import markdown_table
+from .base import markdown_table, plotting
 from .frames import caption
+from ..records.storage import read_json, require
 
 # %% ../../nbs/figures/81_gallery.ipynb #5b470899
 @dataclass(frozen=True)
@@ -40,20 +41,16 @@ def read_manifest(folder: str | Path | None = None, # default the project's figu
                  ) -> dict:                         # name -> entry; empty where there is none
     "Raises `ValueError` that says to delete what is no manifest."
     path = Path(folder or project_root()/'figures')/'manifest.json'
-    try:
-        manifest = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f'{path}: not readable as JSON ({e}); delete it to rebuild every figure') from None
-    if not isinstance(manifest, dict):
-        raise ValueError(f'{path}: a {type(manifest).__name__}; accepted: figure names with their entries '
-                         '(delete it to rebuild every figure)')
+    wanted = 'figure names with their entries (delete it to rebuild every figure)'
+    manifest = read_json(path, wanted, ValueError) if path.exists() else {}
+    require(isinstance(manifest, dict), path, f'a {type(manifest).__name__}', wanted, ValueError)
     plain = lambda file, h: re.fullmatch(r'(files/)?\w[\w.-]*', file) and isinstance(h, str)
     for name, entry in manifest.items():
         known = isinstance(entry, dict) and isinstance(entry.get('notebook'), str)
         hashes = entry.get('output_hashes') if known else None
-        if not isinstance(hashes, dict) or not all(map(plain, hashes, hashes.values())):
-            raise ValueError(f'{path}: entry {name!r} has no notebook or no output_hashes of plain file names; '
-                             'accepted: entries as `add` writes them (delete the file to rebuild every figure)')
+        require(isinstance(hashes, dict) and all(map(plain, hashes, hashes.values())), path,
+                f'entry {name!r} has no notebook or no output_hashes of plain file names',
+                'entries as `add` writes them (delete the file to rebuild every figure)', ValueError)
     return manifest
 
 def file_hash(path: Path, # may be missing
@@ -91,11 +88,10 @@ def write_picture(folder: Path, # figures/
                   stamp: str,   # what it was made from
                  ) -> list:     # of names of files
     "PNG and PDF, with caption and stamp in their metadata."
-    import matplotlib.pyplot as plt
     undated = {'CreationDate': None, 'Producer': None, 'Creator': None}
     fig.savefig(folder/f'{name}.png', metadata={'Description': f'{text} {stamp}', 'Software': None})
     fig.savefig(folder/'files'/f'{name}.pdf', metadata={'Subject': f'{text} {stamp}', **undated})
-    plt.close(fig)
+    plotting()[0].close(fig)
     return [f'{name}.png', f'files/{name}.pdf']
 
 def write_table(folder: Path,  # figures/
@@ -108,10 +104,9 @@ def write_table(folder: Path,  # figures/
     table.to_csv(folder/'files'/f'{name}.csv', index=False, lineterminator='\n')
     (folder/f'{name}.md').write_text(f'{markdown_table(table)}\n{text}\n')
     rows = [' & '.join(map(_tex, row)) + r' \\' for row in (list(table.columns), *table.values.tolist())]
-    body = '\n'.join([rows[0] + r' \midrule', *rows[1:]])
-    columns = 'l'*len(table.columns)
-    (folder/'files'/f'{name}.tex').write_text(f'% {text} {stamp}\n\\begin{{tabular}}{{{columns}}} \\toprule\n{body}\n'
-                                              '\\bottomrule \\end{tabular}\n')
+    lines = [f'% {text} {stamp}', rf"\begin{{tabular}}{{{'l'*len(table.columns)}}} \toprule", rows[0] + r' \midrule',
+             *rows[1:], r'\bottomrule \end{tabular}', '']
+    (folder/'files'/f'{name}.tex').write_text('\n'.join(lines))
     return [f'files/{name}.csv', f'{name}.md', f'files/{name}.tex']
 
 def _tex(text):
@@ -146,8 +141,14 @@ class Gallery:
         inputs = input_hash(records, files, style_of(make, describe), note)
         if self.manifest.get(name, {}).get('input_hash') != inputs or self.changed(name):
             given = [records] if records else [f.content for f in files]
-            text = ' '.join(filter(None, (note, describe(*given))))
-            self._write(name, make(*given), text, records, files, inputs)
+            runs, sources = sorted(r.run_id for r in records), {f.name: f.sha256 for f in files}
+            text, made = ' '.join(filter(None, (note, describe(*given)))), make(*given)
+            written = (write_picture if hasattr(made, 'savefig') else write_table)(
+                self.folder, name, made, text, f"Made from {' '.join([*runs, *sources])}; input hash {inputs}.")
+            self.manifest[name] = dict(notebook=self.notebook, caption=text, runs=runs, files=sources,
+                                       input_hash=inputs,
+                                       output_hashes={f: file_hash(self.folder/f) for f in written})
+            self.rebuilt.append(name)
         self.manifest[name] |= dict(topic=self.topic, recipes=list(recipes))
         return [self.folder/f for f in self.manifest[name]['output_hashes']]
 
@@ -157,14 +158,6 @@ class Gallery:
         "Files that are not what the manifest says."
         return [f for f, h in self.manifest[name]['output_hashes'].items() if file_hash(self.folder/f) != h]
 
-    def _write(self, name, made, text, records, files, inputs):
-        runs, sources = sorted(r.run_id for r in records), {f.name: f.sha256 for f in files}
-        write = write_picture if hasattr(made, 'savefig') else write_table
-        stamp = f"Made from {' '.join([*runs, *sources])}; input hash {inputs}."
-        hashes = {f: file_hash(self.folder/f) for f in write(self.folder, name, made, text, stamp)}
-        self.manifest[name] = dict(notebook=self.notebook, caption=text, runs=runs, files=sources, input_hash=inputs,
-                                   output_hashes=hashes)
-        self.rebuilt.append(name)
 
     def close(self) -> list: # names rebuilt
         "Write the manifest, in the order of the notebook, dropping entries of it that were not added again."

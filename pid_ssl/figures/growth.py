@@ -6,17 +6,17 @@
 __all__ = ['plot_growth_pid', 'plot_growth_losses', 'plot_growth_steps']
 
 # %% ../../nbs/figures/89_growth.ipynb #89701d03
-from .base import SMALLEST, WIDTH, plotting
+from .base import SMALLEST, panels, plotting
 
 # %% ../../nbs/figures/89_growth.ipynb #89701d05
 def plot_growth_pid(speed: dict, # pid_speed
                    ):            # matplotlib Figure
     "Decompositions: seconds against tables, cells, labels and dimensions."
     grown = speed['growth'] | {'labels': [r | {'s': r['pid_discrete_cpu_s']} for r in speed['labels']]}
-    panels = {'batch': ('batch', 'BROJA, 4 x 4 x 4: tables'), 'alphabet': ('alphabet', 'BROJA, 100 tables: alphabet'),
-              'labels': ('labels', 'BROJA, 8 x 8 cells: labels'), 'dimension': ('d', 'Gaussian union information: d')}
-    fig, axes = plotting()[0].subplots(1, 4, figsize=(2*WIDTH, 1.9))
-    for ax, (name, (x, title)) in zip(axes, panels.items()):
+    shown = {'batch': ('batch', 'BROJA, 4 x 4 x 4: tables'), 'alphabet': ('alphabet', 'BROJA, 100 tables: alphabet'),
+             'labels': ('labels', 'BROJA, 8 x 8 cells: labels'), 'dimension': ('d', 'Gaussian union information: d')}
+    fig, axes = panels(1, 4, 1.9)
+    for ax, (name, (x, title)) in zip(axes, shown.items()):
         at = [r[x] for r in grown[name]]
         ax.loglog(at, [r['s'] for r in grown[name]], 'o-', ms=3)
         ax.set_title(title, fontsize=SMALLEST)
@@ -27,14 +27,13 @@ def plot_growth_pid(speed: dict, # pid_speed
 def plot_growth_losses(losses: dict, # loss_speed
                       ):             # matplotlib Figure
     "Losses: processor seconds against samples, a panel a dimension."
-    sizes = sorted({r['d'] for r in losses['rows']})
-    fig, axes = plotting()[0].subplots(1, len(sizes), figsize=(2.4*WIDTH, 2.6), sharey=True)
-    for ax, d in zip(axes, sizes):
-        for i, name in enumerate(dict.fromkeys(r['loss'] for r in losses['rows'])):
-            rows = [r for r in losses['rows'] if (r['loss'], r['d']) == (name, d)]
+    data = plotting()[2].DataFrame(losses['rows'])
+    fig, axes = panels(1, data.d.nunique(), 2.6, width=2.4, sharey=True)
+    for ax, (d, here) in zip(axes, data.groupby('d')):
+        for i, name in enumerate(data.loss.unique()):
+            rows = here[here.loss == name]
             style = 'o:' if 'lightly' in name else 'o-' if i < 10 else 's--'  # ten colours, thirteen losses
-            at, cost = [r['n'] for r in rows], [r['cpu_s'] for r in rows]
-            ax.loglog(at, cost, style, ms=3, lw=1, color=f'C{i % 10}', label=name)
+            ax.loglog(rows.n, rows.cpu_s, style, ms=3, lw=1, color=f'C{i % 10}', label=name)
         ax.set(title=f'd = {d}', xlabel='samples')
         _sparse_ticks(ax, [256, 1024, 4096])
     axes[0].set_ylabel('processor seconds, value and gradient')
@@ -45,7 +44,7 @@ def plot_growth_steps(growth: dict, # growth_speed
                      ):             # matplotlib Figure
     "A training step: seconds against images, pixels and width."
     names = {'batch_size': 'images a step', 'image_size': 'pixels a side', 'projector_dim': 'width of the embedding'}
-    fig, axes = plotting()[0].subplots(1, 3, figsize=(2.2*WIDTH, 2.2))
+    fig, axes = panels(1, 3, 2.2, width=2.2)
     for ax, (key, name) in zip(axes, names.items()):
         rows = growth['rows'][key]
         at = [r['value'] for r in rows]

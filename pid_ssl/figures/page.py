@@ -15,8 +15,7 @@ from ..data import ViewMaker
 from ..evaluate import extract_features, knn_accuracy
 from . import plot_run, plotting
 from ..experiments.collapse import collapsed
-from ..experiments.init import start_from
-from ..experiments.sets import training_set
+from ..experiments.start import start_from, training_set
 
 # %% ../../nbs/figures/88_page.ipynb #b80a0006
 class Watch:
@@ -54,7 +53,6 @@ class Watch:
             ) -> None:
         "The run's picture, in the place of the one before."
         from IPython.display import display
-        plt, _, _ = plotting()
         # one parameter of a view is a picture of its own
         rows = [{k: v for k, v in row.items() if not k.startswith('nats_')} for row in history]
         figure = plot_run(SimpleNamespace(config=dataclasses.asdict(self.config), history=rows))
@@ -64,7 +62,7 @@ class Watch:
             self.place = display(figure, display_id=True)
         else:
             self.place.update(figure)
-        plt.close(figure)
+        plotting()[0].close(figure)
         self.drawn = time.monotonic()
 
 # %% ../../nbs/figures/88_page.ipynb #b80a0010
@@ -72,9 +70,8 @@ def plot_grid(rows: list,         # of lists of equal length of images (c, h, w)
               size: float = 0.6,  # inches a side
              ) -> tuple:          # matplotlib Figure, its axes by row
     "Pictures in rows."
-    plt, _, _ = plotting()
-    shape = len(rows), len(rows[0])
-    fig, axes = plt.subplots(*shape, figsize=(size*shape[1], size*shape[0]), squeeze=False)
+    high, wide = len(rows), len(rows[0])
+    fig, axes = plotting()[0].subplots(high, wide, figsize=(size*wide, size*high), squeeze=False)
     for ax, image in zip(axes.flat, (x for row in rows for x in row)):
         ax.imshow(image.permute(1, 2, 0).squeeze(-1).cpu(), cmap='gray')
         ax.set(xticks=[], yticks=[])
@@ -98,8 +95,6 @@ def plot_neighbours(encoder: nn.Module, # maps normalised images to features
                    ):                   # matplotlib Figure
     """Test images, and beside each the training images nearest in features: with labels framed blue where of its class,
     else orange."""
-    plt, sns, _ = plotting()
-    blue, orange = sns.color_palette('colorblind')[:2]
     rows = torch.linspace(0, len(watch.images['test']) - 1, n).long()
     query, train = watch.images['test'][rows], watch.images['train']
     distance = torch.cdist(*(extract_features(encoder, x, watch.views) for x in (query, train)))
@@ -108,6 +103,6 @@ def plot_neighbours(encoder: nn.Module, # maps normalised images to features
     known = [watch.labels[split] for split in ('train', 'test') if watch.labels]
     same = (known[0][nearest] == known[1][rows][:, None]).flatten() if known else ()
     for ax, right in zip(axes[:, 1:].flat, same):
-        ax.spines[:].set(color=blue if right else orange, linewidth=2)
+        ax.spines[:].set(color='C0' if right else 'C1', linewidth=2)
     axes[0, 0].set_title('test')
     return fig

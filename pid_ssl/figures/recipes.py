@@ -9,30 +9,25 @@ __all__ = ['FULL_EPOCHS', 'recipe_table', 'recipe_caption']
 import numpy as np
 from ..data import VAL_SHARE
 from ..experiments.recipe import select
-from . import plotting
+from .base import listed, tabled
 
 # %% ../../nbs/figures/86_recipes.ipynb #91cd2e2c
 FULL_EPOCHS = 1000
 
+@tabled
 def recipe_table(records: list, # of `RunRecord`, of all kinds
                  used: dict,    # name of a recipe -> names of the figures and tables made from it
                 ):              # pandas DataFrame of text
     "Recipe by recipe: what is made from it, its records, their cost, and image passes of a run at full scale."
-    _, _, pd = plotting()
-    rows = []
     for recipe, figures in used.items():
-        found = select(recipe, records)
-        if not found:
-            continue
-        seconds = [_seconds(r) for r in found]
-        rows.append({
-            'recipe': recipe, 'made from it': ', '.join(figures), 'records': str(len(found)),
-            'seconds a record (median)': f'{np.median(seconds):.0f}', 'hours in all': f'{sum(seconds)/3600:.1f}',
-            'device': ', '.join(sorted({r.provenance['device_name'] for r in found})),
-            'image passes a record': _span([r.provenance['image_passes']/1e6 for r in found], '.2f'),
-            'at full scale': _span([_full_scale(r)/1e6 for r in found if 'loss' in r.config], '.0f'),
-            'seconds at full scale': 'not measured' if 'loss' in found[0].config else ''})
-    return pd.DataFrame(rows)
+        if found := select(recipe, records):
+            seconds = [_seconds(r) for r in found]
+            yield {'recipe': recipe, 'made from it': ', '.join(figures), 'records': str(len(found)),
+                   'seconds a record (median)': f'{np.median(seconds):.0f}', 'hours in all': f'{sum(seconds)/3600:.1f}',
+                   'device': listed(r.provenance['device_name'] for r in found),
+                   'image passes a record': _span([r.provenance['image_passes']/1e6 for r in found], '.2f'),
+                   'at full scale': _span([_full_scale(r)/1e6 for r in found if 'loss' in r.config], '.0f'),
+                   'seconds at full scale': 'not measured' if 'loss' in found[0].config else ''}
 
 def _seconds(record):
     return record.provenance.get('train_seconds') or record.provenance['wall_seconds']
@@ -49,9 +44,9 @@ def _span(millions, digits):
 def recipe_caption(records: list, # of `RunRecord`
                   ) -> str:       # sentences
     "What the cost columns mean, and the cost of everything."
-    devices, threads = (sorted({str(r.provenance[k]) for r in records}) for k in ('device_name', 'threads'))
-    hours = sum(map(_seconds, records))/3600
-    return (f"Seconds of one record, the median over a recipe, on {', '.join(devices)} with {' or '.join(threads)} "
-            'thread, other jobs on the machine: of a run its training, of a measurement all of it; '
-            f'{len(records)} different records, {hours:.1f} hours in all. Full scale: {FULL_EPOCHS:,} epochs over all '
-            'training images, image passes of one run computed, not run.')
+    devices, threads = (listed((str(r.provenance[k]) for r in records), by)
+                        for k, by in (('device_name', ', '), ('threads', ' or ')))
+    return (f'Seconds of one record, the median over a recipe, on {devices} with {threads} thread, other jobs on the '
+            'machine: of a run its training, of a measurement all of it; '
+            f'{len(records)} different records, {sum(map(_seconds, records))/3600:.1f} hours in all. Full scale: '
+            f'{FULL_EPOCHS:,} epochs over all training images, image passes of one run computed, not run.')

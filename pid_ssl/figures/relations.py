@@ -9,7 +9,7 @@ __all__ = ['LEVELS', 'STRENGTHS', 'plot_plane', 'setting_means', 'spearman_inter
 # %% ../../nbs/figures/87_relations.ipynb #1405e0fb
 import numpy as np
 from ..config import ACCURACIES, LOSS_TABLE, METRICS, digest
-from .base import ink, legend_above, listed, panels, plotting, table
+from .base import ink, legend_above, listed, panels, plotting, table, tabled
 from .frames import by_loss, caption, frame, setting, traced, without_seed
 from ..pid import scalar_atoms
 
@@ -21,11 +21,8 @@ LEVELS = {'redundancy R': ((0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7), lambda v:
 def plot_plane(records: list, # of one dataset; one setting a loss
               ):              # matplotlib Figure
     "Contours of R and S over (a, c), and each loss's way through training, from open to filled: means over seeds."
-    paths = []
-    for row in LOSS_TABLE.values():
-        runs = np.array([traced(records, row.name, k) for k in 'ac'])
-        if runs.size:
-            paths.append((row, runs.shape[1], runs.mean(1)))
+    paths = [(row, len(a), np.array([a.mean(0), c.mean(0)]))
+             for (row, a), (_, c) in zip(traced(records, 'a'), traced(records, 'c'))]
     seen = np.concatenate([at for _, _, at in paths], 1)
     low, high = np.clip(seen.min(1) - 0.1, 0, 1), np.clip(seen.max(1) + 0.1, 0, 1)
     fig, axes = panels(1, 2, 3.2, sharex=True, sharey=True)
@@ -37,10 +34,11 @@ def plot_plane(records: list, # of one dataset; one setting a loss
             ax.plot(*at[:, 0], 'o', ms=4, mfc='w', mec=row.colour, mew=1, zorder=3)
             ax.plot(*at[:, -1], 'o', ms=4.5, mfc=row.colour, mec='w', mew=0.5, zorder=4)
         ax.set(xlabel='a, view and target', xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-        _notes(ax, name)
+        ax.annotate(f'{name} (nats)', (0.03, 0.97), xycoords='axes fraction', va='top', fontsize=8,
+                    bbox=dict(fc='w', ec='none', pad=1))
+        ax.annotate('floor c = a²', (0.97, 0.03), xycoords='axes fraction', ha='right', fontsize=7, color='0.2')
     axes[0].set_ylabel('c, view and view')
-    legend_above(fig, axes[:1], 5, handlelength=1.5, columnspacing=1.2)
-    return fig
+    return legend_above(fig, axes[:1], 5, handlelength=1.5, columnspacing=1.2)
 
 def _contours(ax, name, low, high):
     x, y = (np.linspace(*ends, 300) for ends in zip(low, high))
@@ -55,11 +53,6 @@ def _contours(ax, name, low, high):
         ax.annotate(f'{v:g}', (m, m*m), (3, -3), textcoords='offset points', va='top', fontsize=6.5, color='0.35')
     ax.plot(x, x**2, color='k', lw=1)
     ax.fill_between(x, x**2, low[1], where=x**2 >= low[1], color='0.93', lw=0)
-
-def _notes(ax, name):
-    behind = dict(fc='w', ec='none', pad=1)
-    ax.annotate(f'{name} (nats)', (0.03, 0.97), xycoords='axes fraction', va='top', fontsize=8, bbox=behind)
-    ax.annotate('floor c = a²', (0.97, 0.03), xycoords='axes fraction', ha='right', fontsize=7, color='0.2')
 
 # %% ../../nbs/figures/87_relations.ipynb #c01edccd
 def setting_means(records: list, # of one dataset, preset and split
@@ -116,16 +109,15 @@ def plot_relation(records: list, # of one dataset, preset and split
             for mark, size, part in (('o', 6, solid[~shorter]), ('s', 5, solid[shorter])):
                 ax.plot(part[atom], part.linear_logreg, mark, ms=size, mew=0.6, mec='w', color=row.colour, zorder=3)
         lines = ['rank correlation']
-        for name, f in families(means).items():
-            rho = spearman_interval(f[atom], f.linear_logreg)
-            lines.append('{} ({}): {:+.2f} [{:+.2f}, {:+.2f}]'.format(name, len(f), *rho))
+        form = '{} ({}): {:+.2f} [{:+.2f}, {:+.2f}]'.format
+        lines += [form(name, len(f), *spearman_interval(f[atom], f.linear_logreg))
+                  for name, f in families(means).items()]
         ax.annotate('\n'.join(lines), (0.98, 0.02), xycoords='axes fraction', ha='right', va='bottom', fontsize=6.5)
         ax.set(xlabel=f'{atom} (nats per coordinate)')
     axes[0].set_ylabel('linear accuracy (%)')
     for row, _, _ in groups:  # for the legend alone
         axes[0].plot([], [], 'o', ms=6, mew=0.6, mec='w', color=row.colour, label=row.title)
-    legend_above(fig, axes[:1], 4, handlelength=1, columnspacing=1.5)
-    return fig
+    return legend_above(fig, axes[:1], 4, handlelength=1, columnspacing=1.5)
 
 def _join_betas(ax, curve, atom):
     if len(curve) < 2:
@@ -137,18 +129,16 @@ def _join_betas(ax, curve, atom):
                     fontsize=6.5, color=ink(shade))
 
 # %% ../../nbs/figures/87_relations.ipynb #ed4e046f
+@tabled
 def relation_table(records: list, # of one dataset, preset and split
                   ):              # pandas DataFrame of text
     "Spearman's rank correlation of atoms with accuracy over settings, with bootstrap intervals."
-    rows = []
     for family, d in families(setting_means(records)).items():
         for atom in ('redundancy', 'synergy', 'i12', 'c') if len(d) >= 4 else ():
-            found = {k: spearman_interval(d[atom], d[k]) for k in ACCURACIES}
-            form = '{:+.2f} ({:+.2f} to {:+.2f})'
-            cells = {f'with {METRICS[k].label}': form.format(*rho) for k, rho in found.items()}
-            rows.append({'over': family, 'settings': str(len(d)), 'runs': str(int(d.seeds.sum())),
-                         'of': METRICS[f'pid_coordinate_{atom}'].title, **cells})
-    return table(rows)
+            yield {'over': family, 'settings': str(len(d)), 'runs': str(int(d.seeds.sum())),
+                   'of': METRICS[f'pid_coordinate_{atom}'].title,
+                   **{f'with {METRICS[k].label}':
+                      '{:+.2f} ({:+.2f} to {:+.2f})'.format(*spearman_interval(d[atom], d[k])) for k in ACCURACIES}}
 
 def relation_caption(records: list, # of one figure or table
                     ) -> str:       # sentences
@@ -186,13 +176,10 @@ def plot_strength(records: list, # of one dataset, preset and split that differ 
     fig, axes = panels(1, 3, 2.4)
     for ax, (key, label) in zip(axes, labels.items()):
         for loss, d in data.groupby('loss', sort=False):
-            row, x = LOSS_TABLE[loss], d.policy.map(places.index)
-            ax.plot(x, d[key], 'o', ms=2.5, mew=0, alpha=0.6, color=row.colour)
-            means = d.pivot(index='seed', columns='policy', values=key).dropna()
-            at = sorted(set(x))
-            line = means.mean()[[places[i] for i in at]]
-            ax.plot(at, line, color=row.colour, lw=1.2, label=f'{row.title} ({len(means)})')
-        ax.set(xlabel='augmentation', ylabel=label, xlim=(-0.3, len(places) - 0.7))
-        ax.set_xticks(range(len(places)), [STRENGTHS[p] for p in places])
-    legend_above(fig, axes[:1], 5, handlelength=1.5, columnspacing=1.2)
-    return fig
+            row, common = LOSS_TABLE[loss], d.pivot(index='seed', columns='policy', values=key).dropna()
+            ax.plot(d.policy.map(places.index), d[key], 'o', ms=2.5, mew=0, alpha=0.6, color=row.colour)
+            ax.plot(common.mean().rename(places.index).sort_index(), color=row.colour, lw=1.2,
+                    label=f'{row.title} ({len(common)})')
+        ax.set(xlabel='augmentation', ylabel=label, xlim=(-0.3, len(places) - 0.7), xticks=range(len(places)),
+               xticklabels=[STRENGTHS[p] for p in places])
+    return legend_above(fig, axes[:1], 5, handlelength=1.5, columnspacing=1.2)

@@ -6,10 +6,8 @@
 __all__ = ['plot_run', 'run_table', 'plot_atoms', 'plot_accuracy', 'results_table', 'accuracies', 'atoms']
 
 # %% ../../nbs/figures/82_runs.ipynb #0ee5e03a
-import warnings
-import numpy as np
-from ..config import ACCURACIES, LOSS_TABLE, METRICS, main_metrics, metric_end
-from .base import ink, listed, panels, plotting, spread, table
+from ..config import ACCURACIES, LOSS_TABLE, METRICS, main_metrics
+from .base import ink, listed, panels, plotting, spread, tabled
 from .frames import TRACE, frame, labelled, one_setting_each, traced
 from ..records import RunRecord
 
@@ -19,19 +17,16 @@ def plot_run(record: RunRecord, # its config and history
     "Objective and its terms, and the PID of held-out views, over the epochs of a run."
     fig, axes = panels(1, 3, 2.3, width=2.9)
     left, middle, right = axes
-    h = record.history
-    epochs = [row['epoch'] for row in h]
-    left.plot(epochs, [row['loss'] for row in h], color='k')
+    h = plotting()[2].DataFrame(record.history).set_index('epoch')
+    left.plot(h.loss, color='k')
     left.set_ylabel(f"{LOSS_TABLE[record.config['loss']].title} loss")
-    terms = [k for k in dict.fromkeys(k for row in h for k in row) if k not in ('epoch', 'lr', 'loss')]
-    for k in [k for k in terms if not k.startswith('val_')]:
-        y = np.array([row.get(k, np.nan) for row in h])  # a term of the second phase starts late
-        top = max(1e-12, np.nanmax(np.abs(y)))
-        middle.plot(epochs, y/top, label=f'{k} / {top:.3g}')
+    for k in [k for k in h if k not in ('lr', 'loss') and not k.startswith('val_')]:
+        top = max(1e-12, h[k].abs().max())  # a term of the second phase starts late
+        middle.plot(h[k]/top, label=f'{k} / {top:.3g}')
     middle.set_ylabel('terms, by their largest value')
     middle.legend(frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     for atom, style in {'redundancy': '-', 'synergy': '-', 'unique1': '--', 'unique2': ':'}.items():
-        right.plot(epochs, [row[f'{TRACE}_{atom}'] for row in h], style, label=METRICS[f'pid_coordinate_{atom}'].title)
+        right.plot(h[f'{TRACE}_{atom}'], style, label=METRICS[f'pid_coordinate_{atom}'].title)
     right.set_ylabel('nats per coordinate')
     right.legend(frameon=False)
     for ax in axes:
@@ -47,8 +42,7 @@ def run_table(record: RunRecord, # finished
     names = {LOSS_TABLE[record.config['loss']].title: '', 'untrained network': 'control_', 'raw pixels': 'raw_'}
     rows = {name: [record.metrics.get(f'{p}{split}_{k}') for k in ends] for name, p in names.items()}
     # sets of large images have no row of raw pixels
-    there = {name: row for name, row in rows.items() if None not in row}
-    return plotting()[2].DataFrame(there, index=ends).T.round(2)
+    return plotting()[2].DataFrame(rows, index=ends, dtype=float).T.dropna().round(2)
 
 # %% ../../nbs/figures/82_runs.ipynb #81fd89ed
 def plot_atoms(records: list, # of one dataset
@@ -57,16 +51,13 @@ def plot_atoms(records: list, # of one dataset
     one_setting_each(records, ('dataset', 'loss'))
     fig, axes = panels(1, 2, 2.3, sharex=True)
     for ax, atom in zip(axes, ('redundancy', 'synergy')):
-        ends, longest = [], max(len(r.history) for r in records)
-        for row in LOSS_TABLE.values():
-            y = traced(records, row.name, atom)
-            if not len(y):
-                continue
+        found = traced(records, atom)
+        for row, y in found:
             epochs = range(1, y.shape[1] + 1)
             ax.plot(epochs, y.mean(0), color=row.colour, lw=1.2)
             ax.fill_between(epochs, y.min(0), y.max(0), color=row.colour, alpha=0.2, lw=0)
-            ends.append([y[:, -1].mean(), f'{row.title} ({len(y)})', row.colour])
-        _label_ends(ax, longest, ends)
+        ends = [[y[:, -1].mean(), f'{row.title} ({len(y)})', row.colour] for row, y in found]
+        _label_ends(ax, max(len(r.history) for r in records), ends)
         ax.set(xlabel='epoch', ylabel=f'{atom} (nats per coordinate)')
     return fig
 
@@ -105,22 +96,22 @@ def plot_accuracy(records: list, # of one dataset and preset
                    columnspacing=1.)
     return fig
 
+@tabled
 def results_table(records: list, # of one dataset and preset
                  ):              # pandas DataFrame of text
     "Accuracies by loss and length over seeds, controls, cost; raises `ValueError` for records that no row may average."
     records = labelled(records)
     one_setting_each(records)
-    data, rows = frame(records), []
+    data = frame(records)
     for loss, runs in data.groupby('loss', sort=False):
         for epochs, d in runs.groupby('epochs'):
-            rows.append({'method': LOSS_TABLE[loss].title, 'epochs': str(epochs), 'seeds': str(len(d)), **accuracies(d),
-                         **atoms(d), 'image passes': f'{d.image_passes.mean()/1e6:.2f} M',
-                         'seconds (median)': f'{d.train_seconds.median():.0f}', 'device': listed(d.device_name)})
+            yield {'method': LOSS_TABLE[loss].title, 'epochs': str(epochs), 'seeds': str(len(d)), **accuracies(d),
+                   **atoms(d), 'image passes': f'{d.image_passes.mean()/1e6:.2f} M',
+                   'seconds (median)': f'{d.train_seconds.median():.0f}', 'device': listed(d.device_name)}
     once = data.drop_duplicates('seed')
-    rows.append({'method': 'untrained network', 'seeds': str(len(once)), **accuracies(once, 'control_')})
+    yield {'method': 'untrained network', 'seeds': str(len(once)), **accuracies(once, 'control_')}
     if f'raw_{ACCURACIES[0]}' in data:
-        rows.append({'method': 'raw pixels', **accuracies(data[:1], 'raw_')})
-    return table(rows)
+        yield {'method': 'raw pixels', **accuracies(data[:1], 'raw_')}
 
 def accuracies(data: object,    # rows of `frame` that are averaged
                prefix: str = '',# control_ or raw_

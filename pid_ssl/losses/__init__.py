@@ -8,8 +8,8 @@ __all__ = ['LOSSES', 'PAIRING', 'build_loss', 'BYOL', 'BarlowTwins', 'NTXent', '
            'gather', 'off_diagonal', 'standardise', 'whiten']
 
 # %% ../../nbs/losses/50_losses.ipynb #c6dca321
-import importlib
-from ..config import LOSS_TABLE, Config, ConfigError, reads
+import pkgutil
+from ..config import LOSS_TABLE, Config, reads, require_value
 from ..data.parameters import relation_table
 from .base import RunningMean, SSLLoss, cross_correlation, gather, off_diagonal, standardise
 from .baselines import BYOL, NTXent, VICReg, WMSE, BarlowTwins, whiten
@@ -21,11 +21,7 @@ _all_ = ['BYOL', 'BarlowTwins', 'NTXent', 'PIDBarlowTwins', 'PIDLoss', 'PIDWMSE'
          'cross_correlation', 'gather', 'off_diagonal', 'standardise', 'whiten']
 
 # %% ../../nbs/losses/50_losses.ipynb #508c3a93
-def _class(implementation):
-    module, name = implementation.split(':')
-    return getattr(importlib.import_module(f'pid_ssl.{module}'), name)
-
-LOSSES = {name: _class(row.implementation) for name, row in LOSS_TABLE.items()}
+LOSSES = {name: pkgutil.resolve_name(f'pid_ssl.{row.implementation}') for name, row in LOSS_TABLE.items()}
 PAIRING = {'ema_clean': 'draw', 'ema_third': 'draw', 'ema_view': 'cross', 'mean_of_others': 'mean'}
 
 def build_loss(config: Config,                # resolved
@@ -33,8 +29,7 @@ def build_loss(config: Config,                # resolved
                channels: int = 3,             # of the images
               ) -> SSLLoss | RelationLoss:    # on the CPU
     "The loss a config names, with the config's settings."
-    if config.loss not in LOSSES:
-        raise ConfigError('loss', config.loss, ', '.join(LOSSES))
+    require_value(config.loss in LOSSES, 'loss', config.loss, ', '.join(LOSSES))
     row = LOSS_TABLE[config.loss]
     if reads(config, 'w_s'):
         row = LOSS_TABLE[row.baseline]

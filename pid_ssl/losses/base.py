@@ -11,7 +11,7 @@ import itertools
 import torch
 import torch.distributed as dist
 from torch import nn
-from ..config import ConfigError, check_knob
+from ..config import check_knob, require, require_value
 
 # %% ../../nbs/losses/51_base.ipynb #7fcba3b3
 def standardise(z: torch.Tensor,    # (n, d)
@@ -96,8 +96,8 @@ def check_weight(name: str,          # the argument
                  value: float,       # its value
                 ) -> float:
     "A finite weight from 0, else `ConfigError`."
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float('inf'):
-        raise ConfigError(name, value, 'a finite number from 0')
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require_value(number and 0 <= value < float('inf'), name, value, 'a finite number from 0')
     return float(value)
 
 def check_integer(name: str,   # the argument
@@ -105,8 +105,8 @@ def check_integer(name: str,   # the argument
                   low: int = 1, # least accepted
                  ) -> int:
     "An integer from `low`, else `ConfigError`."
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value//1 or value < low:
-        raise ConfigError(name, value, f'an integer from {low}')
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value//1
+    require_value(whole and value >= low, name, value, f'an integer from {low}')
     return int(value)
 
 # %% ../../nbs/losses/51_base.ipynb #7d20b5aa
@@ -117,27 +117,28 @@ def _gathered(t):
 def _check_inputs(loss, views, targets):
     z1, name = views[0], type(loss).__name__
     shapes = [None if z is None else tuple(z.shape) for z in views]
-    if z1.ndim != 2 or len(set(shapes)) > 1:
-        raise ValueError(f"z1, z2: got shapes {' and '.join(map(str, shapes))}; accepted: the same (n, d) twice")
-    if len(views) > 2 and loss.needs_target:
-        raise ValueError(f'z1: got {len(shapes)} views; accepted: 2, {name} compares them with a target')
-    if len(z1) < 2:
-        raise ValueError(f'z1: got a batch of {len(z1)}; accepted: at least 2 samples, the statistics are over the'
-                         ' batch')
-    if loss.wants_target and targets['target'] is None:
-        raise ValueError(f'target: got None; accepted: an (n, d) tensor, {name} compares the views with a target')
+    require(z1.ndim == 2 and len(set(shapes)) == 1, 'z1, z2', f"got shapes {' and '.join(map(str, shapes))}",
+            'the same (n, d) twice')
+    require(len(views) == 2 or not loss.needs_target, 'z1', f'got {len(shapes)} views',
+            f'2, {name} compares them with a target')
+    require(len(z1) > 1, 'z1', f'got a batch of {len(z1)}', 'at least 2 samples, the statistics are over the batch')
+    require(targets['target'] is not None or not loss.wants_target, 'target', 'got None',
+            f'an (n, d) tensor, {name} compares the views with a target')
     for which, t in targets.items():
-        if t is not None and t.shape != z1.shape:
-            raise ValueError(f'{which}: got shape {tuple(t.shape)}; accepted: {tuple(z1.shape)}, that of z1')
+        shape = shapes[0] if t is None else tuple(t.shape)
+        require(shape == shapes[0], which, f'got shape {shape}', f'{shapes[0]}, that of z1')
 
 # %% ../../nbs/losses/51_base.ipynb #0c5b7d11
 class SSLLoss(nn.Module):
     "Base of all losses: checks shapes, keeps statistics out of autocast, remembers `.terms`."
     needs_target = False  # does the loss compare the views with a target?
     strength = 1.         # 0: redundancy phase, 1: the loss as its arguments state it
-    def __init__(self):
+    def __init__(self,
+                 **knobs, # see `take`
+                ):
         super().__init__()
         self.terms = {}
+        self.take(**knobs)
 
     def take(self,
              **knobs, # name -> value
@@ -149,7 +150,7 @@ class SSLLoss(nn.Module):
     @property
     def wants_target(self) -> bool: # at the present strength
         "Whether the next call needs a target: in a redundancy phase without one, a trainer saves the teacher's pass."
-        return self.needs_target
+        return self.needs_target and self.strength > 0
 
     def compute_peers(self,
                       *z: torch.Tensor, # (n, d) of three views or more

@@ -10,7 +10,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..config import ConfigError
+from ..config import require, require_value
 from .base import SSLLoss, check_integer, check_weight, cross_correlation, off_diagonal, standardise
 
 # %% ../../nbs/losses/52_baselines.ipynb #a73b729a
@@ -22,16 +22,56 @@ def barlow_sums(c12: torch.Tensor, # (d, d) cross-correlation of the views
     on = (1 - c).square().sum()
     return on + weight*off, dict(invariance=on, feature_redundancy=off, c=c.mean())
 
+# %% ../../nbs/losses/52_baselines.ipynb #5b0c1e02
+def _standardised(z, eps=1e-5):
+    # `standardise` in one buffer, and the mean and scale that its gradient needs
+    mean = z.mean(0)
+    x = z - mean
+    scale = x.square_().mean(0).add_(eps).rsqrt_()
+    return torch.sub(z, mean, out=x).mul_(scale), mean, scale
+
+def _before(g, z, mean, scale, centred, products):
+    # the gradient g of standardised values, in place, becomes that of z; two buffers are given
+    torch.sub(z, mean, out=centred)
+    slope = torch.mul(g, centred, out=products).sum(0).mul_(scale.pow(3)).div_(-len(z))
+    g.mul_(scale).add_(centred.mul_(slope))
+    return g.sub_(g.sum(0).div_(len(z)))
+
+class _Equation1(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z1, z2, weight):
+        (x, *by1), (y, *by2) = _standardised(z1), _standardised(z2)
+        c12 = (x.T @ y).div_(len(x))
+        loss, terms = barlow_sums(c12, weight)
+        ctx.save_for_backward(z1, z2, x, y, c12, *by1, *by2)
+        ctx.weight = weight
+        ctx.mark_non_differentiable(*terms.values())
+        return loss, *terms.values()
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        z1, z2, x, y, c12, *by = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants the gradient of the gradient
+            loss, _ = barlow_sums(cross_correlation(standardise(z1), standardise(z2)), ctx.weight)
+            return *torch.autograd.grad(loss, (z1, z2), g, create_graph=True), None
+        g12 = c12*(2*ctx.weight*g)
+        g12.diagonal().copy_((1 - c12.diagonal()).mul_(-2*g))
+        g12.div_(len(x))
+        buffers = torch.empty((2, *x.shape), dtype=x.dtype, device=x.device)
+        return _before(y @ g12.T, z1, *by[:2], *buffers), _before(x @ g12, z2, *by[2:], *buffers), None
+
+# %% ../../nbs/losses/52_baselines.ipynb #5b0c1e03
 class BarlowTwins(SSLLoss):
     "Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230), equation 1."
     def __init__(self,
                  lambda_param: float = 5e-3, # weight of the off-diagonal term; the paper's value
                 ):
-        super().__init__()
-        self.take(lambda_param=lambda_param)
+        super().__init__(lambda_param=lambda_param)
 
     def compute(self, z1, z2):
-        return barlow_sums(cross_correlation(standardise(z1), standardise(z2)), self.lambda_param)
+        # barlow_sums(cross_correlation(standardise(z1), standardise(z2)), lambda_param)
+        loss, *terms = _Equation1.apply(z1, z2, self.lambda_param)
+        return loss, dict(zip(('invariance', 'feature_redundancy', 'c'), terms))
 
     def compute_peers(self, *z):
         # the mean of C over ordered pairs of different views: all pairs less those of a view with itself
@@ -69,8 +109,7 @@ class WMSE(SSLLoss):
                  whitening_iters: int = 1,   # random partitions averaged
                  eps: float = 0.,            # added to the covariance's diagonal
                 ):
-        super().__init__()
-        self.take(whitening_size=whitening_size, whitening_iters=whitening_iters)
+        super().__init__(whitening_size=whitening_size, whitening_iters=whitening_iters)
         self.eps = check_weight('eps', eps)
 
     def parts(self,
@@ -80,9 +119,8 @@ class WMSE(SSLLoss):
         "Random sub-batches, the same rows of every input, each input whitened by itself."
         n, d = zs[0].shape
         size = min(self.whitening_size, n)
-        if size < 2*d:
-            least = f'at least twice the dimension, so from {2*d} (and a batch as large)'
-            raise ConfigError('whitening_size', size, least)
+        require_value(size >= 2*d, 'whitening_size', size,
+                      f'at least twice the dimension, so from {2*d} (and a batch as large)')
         for _ in range(self.whitening_iters):
             order = torch.randperm(n, device=zs[0].device)[:n//size*size]
             for part, rows in enumerate(order.split(size), 1):
@@ -94,15 +132,14 @@ class WMSE(SSLLoss):
                         raise ValueError(f'{name}, sub-batch {part} of {n//size}: {e}') from None
                 yield out
 
-    def compute(self, z1, z2):
-        return self.compute_peers(z1, z2)
-
-    def compute_peers(self, *z):
+    def compute(self, *z):
         # of every sub-batch all pairs of views: with four, the authors' W-MSE 4
         names = tuple(f'view {i}' for i in range(1, len(z) + 1))
         pairs = [pair for part in self.parts(*z, names=names) for pair in itertools.combinations(part, 2)]
         mse = torch.stack([distance(*pair) for pair in pairs]).mean()
         return mse, dict(invariance=mse, cosine=1 - mse/2)
+
+    compute_peers = compute
 
 # %% ../../nbs/losses/52_baselines.ipynb #5114dc72
 class VICReg(SSLLoss):
@@ -112,8 +149,7 @@ class VICReg(SSLLoss):
                  std_coeff: float = 25., # variance
                  cov_coeff: float = 1.,  # covariance
                 ):
-        super().__init__()
-        self.take(sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff)
+        super().__init__(sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff)
 
     def compute(self, z1, z2):
         n, d = z1.shape
@@ -131,8 +167,7 @@ class NTXent(SSLLoss):
     def __init__(self,
                  temperature: float = 0.5, # SimCLR's best for CIFAR-10
                 ):
-        super().__init__()
-        self.take(temperature=temperature)
+        super().__init__(temperature=temperature)
 
     def compute(self, z1, z2):
         n = len(z1)
@@ -158,13 +193,10 @@ class BYOL(SSLLoss):
                                        nn.Linear(hidden, dim))
 
     def compute(self, z1, z2, t1, t2):
-        if t2 is None:
-            raise ValueError("target2: got None; accepted: an (n, d) tensor, BYOL needs the teacher's embedding of both"
-                             ' views')
-        if z1.shape[1] != self.predictor[0].in_features:
-            raise ValueError(f'z1: got {z1.shape[1]} columns; accepted: {self.predictor[0].in_features}, the `dim` of'
-                             ' the predictor')
-        weight = self.predictor[0].weight
-        p1, p2 = self.predictor(torch.cat([z1, z2]).to(weight.dtype)).to(z1.dtype).chunk(2)
+        require(t2 is not None, 'target2', 'got None',
+                "an (n, d) tensor, BYOL needs the teacher's embedding of both views")
+        first, d = self.predictor[0], z1.shape[1]
+        require(d == first.in_features, 'z1', f'got {d} columns', f'{first.in_features}, the `dim` of the predictor')
+        p1, p2 = self.predictor(torch.cat([z1, z2]).to(first.weight.dtype)).to(z1.dtype).chunk(2)
         loss = distance(p1, t2) + distance(p2, t1)
         return loss, dict(invariance=loss, cosine=1 - loss/4)

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..config import ConfigError, check_knob
+from ..config import check_knob, require, require_value
 from .base import SSLLoss, check_integer, check_weight, gather, scale_gradient
 
 # %% ../../nbs/losses/54_relation.ipynb #012c8531
@@ -22,8 +22,8 @@ def targets(rho: dict | torch.Tensor, # name -> (...); or the table, which stays
     "The columns side by side, one tensor for all that follows; raises `ValueError` on missing ones."
     if isinstance(rho, torch.Tensor):
         return rho
-    if missing := [k for k in columns if k not in rho]:
-        raise ValueError(f"rho: got {', '.join(rho)}; accepted: with {', '.join(missing)}")
+    missing = [k for k in columns if k not in rho]
+    require(not missing, 'rho', f"got {', '.join(rho)}", f"with {', '.join(missing)}")
     return torch.stack([rho[k] for k in columns], -1)
 
 # %% ../../nbs/losses/54_relation.ipynb #5e1d7a20
@@ -82,7 +82,6 @@ class Teller(nn.Module):
 # %% ../../nbs/losses/54_relation.ipynb #3e52f169
 class Relation(nn.Module):
     "The relation of two views, told from their features: add it to a loss."
-    strength = 1.  # of w_s: 0 in a redundancy phase
     def __init__(self,
                  features: int | tuple,  # width f of the features, or (c, h, w) of maps
                  columns: dict,          # name -> `Column`, as `relation_table` gives them
@@ -93,8 +92,7 @@ class Relation(nn.Module):
                  seed: int = 0,          # of the heads
                 ):
         super().__init__()
-        if not columns:
-            raise ConfigError('columns', columns, 'a policy that changes images: this one leaves nothing to tell')
+        require_value(columns, 'columns', columns, 'a policy that changes images: this one leaves nothing to tell')
         self.w_s, self.shuffled = check_weight('w_s', w_s), shuffled
         self.error = check_knob('relation_error', error)
         self.pair = Teller(features, columns, 2, hidden, seed)
@@ -105,6 +103,7 @@ class Relation(nn.Module):
                 h1: torch.Tensor, # (n, f) or (n, c, h, w) features of view 1
                 h2: torch.Tensor, # of view 2
                 rho: dict | torch.Tensor, # name -> (n,): the columns' values; or the table of `targets`
+                strength: float = 1., # of w_s: 0 in a redundancy phase
                ) -> torch.Tensor: # scalar: -w_s times the nats of the pair
         "The term of the batch of all processes; raises `ValueError` on columns that are missing."
         rho = gather(targets(rho, self.pair.columns))
@@ -112,7 +111,7 @@ class Relation(nn.Module):
             h = [gather(x.to(self.pair.first.weight.dtype)) for x in (h1, h2)]
             if self.shuffled:
                 rho = rho.roll(len(rho)//2, 0)
-            weight = self.strength*self.w_s
+            weight = strength*self.w_s
             errors = self.pair.errors(rho, *[scale_gradient(x, weight) for x in h])
             alone = [head.errors(rho, x.detach()) for head, x in zip(self.single, h)]
             cost = errors.sum() if self.error == 'squared' else -self.pair.nats(errors).sum()
@@ -126,8 +125,7 @@ def relation_terms(i12: dict, # name -> nats of the pair
                    i2: dict,  # of view 2
                   ) -> dict:  # sums over columns, and the pair's nats by column
     "Atoms by minimum mutual information in each column, summed."
-    rows = torch.stack([torch.stack([i[k] for k in i12]) for i in (i12, i1, i2)]).clamp(min=0)
-    both, one, two = rows[0], rows[1], rows[2]
+    both, one, two = (torch.stack([i[k] for k in i12]).clamp(min=0) for i in (i12, i1, i2))
     redundancy, most = torch.minimum(one, two), torch.maximum(one, two)
     atoms = dict(i12=both, i1=one, i2=two, relation_redundancy=redundancy, relation_unique=most - redundancy,
                  relation_synergy=torch.maximum(both, most) - most)
@@ -136,7 +134,6 @@ def relation_terms(i12: dict, # name -> nats of the pair
 # %% ../../nbs/losses/54_relation.ipynb #74cfe2f2
 class Unique(nn.Module):
     "A view's own parameters, told from its own features: the term -w_u times the nats."
-    strength = 1.  # of w_u
     def __init__(self,
                  features: int | tuple, # width f of the features, or (c, h, w) of maps
                  columns: dict,         # name -> `Column`, of `relation_table(policy, 'own')`
@@ -152,10 +149,11 @@ class Unique(nn.Module):
     def forward(self,
                 h: torch.Tensor,  # (n, f) or (n, c, h, w)
                 omega: dict | torch.Tensor, # name -> (n,): the columns' values; or the table of `targets`
+                strength: float = 1., # of w_u
                ) -> torch.Tensor: # scalar
         "The term of the batch of all processes."
         with torch.autocast(h.device.type, enabled=False):
-            weight, omega = self.strength*self.w_u, gather(targets(omega, self.head.columns))
+            weight, omega = strength*self.w_u, gather(targets(omega, self.head.columns))
             h = gather(h.to(self.head.first.weight.dtype))
             errors = self.head.errors(omega, scale_gradient(h, weight))
             nats = self.head.nats(errors)
@@ -167,6 +165,7 @@ class Unique(nn.Module):
 class RelationLoss(nn.Module):
     "A loss of embeddings, plus what pairs of views tell about their relation, plus what each view tells about itself."
     needs_target = wants_target = False
+    strength = 1. # 0..1: how far relation and unique terms are switched on
     def __init__(self,
                  base: SSLLoss,                # loss of the embeddings
                  relation: Relation,           # term of the pairs
@@ -174,16 +173,6 @@ class RelationLoss(nn.Module):
                 ):
         super().__init__()
         self.base, self.relation, self.unique, self.terms = base, relation, unique, {}
-
-    @property
-    def strength(self) -> float: # 0..1
-        "How far relation and unique terms are switched on."
-        return self.relation.strength
-
-    @strength.setter
-    def strength(self, value):
-        for term in filter(None, (self.relation, self.unique)):
-            term.strength = value
 
     def forward(self,
                 z: torch.Tensor,     # (V, n, d) embeddings
@@ -195,9 +184,9 @@ class RelationLoss(nn.Module):
         # rows in the order of the images: the same whether one process has them all or several share them
         rows = lambda x: x.transpose(0, 1).flatten(0, 1)
         rho = targets(rho, self.relation.pair.columns)
-        loss = self.base(z) + self.relation(rows(h), rows(h.roll(-1, 0)), rows(rho))
+        loss = self.base(z) + self.relation(rows(h), rows(h.roll(-1, 0)), rows(rho), self.strength)
         self.terms = self.relation.terms | self.base.terms
         if self.unique is not None:
-            loss = loss + self.unique(rows(h), rows(targets(own, self.unique.head.columns)))
+            loss = loss + self.unique(rows(h), rows(targets(own, self.unique.head.columns)), self.strength)
             self.terms |= self.unique.terms
         return loss

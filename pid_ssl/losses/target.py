@@ -8,7 +8,7 @@ __all__ = ['PAIRINGS', 'UNEQUAL', 'TargetLoss', 'explained', 'infonce_bound', 'P
 # %% ../../nbs/losses/53_target.ipynb #59aeef4d
 import warnings
 import torch
-from ..config import ConfigError
+from ..config import require, require_value
 from ..pid import gaussian_information, scalar_information
 from ..pid.critics import InfoNCECritics, infonce
 from .base import (RunningMean, SSLLoss, check_integer, cross_correlation, off_diagonal, scale_gradient,
@@ -29,27 +29,20 @@ class TargetLoss(SSLLoss):
                  **more,                # of the loss that it is added to
                 ):
         super().__init__(**more)
-        if pairing not in PAIRINGS:
-            raise ConfigError('pairing', pairing, ', '.join(PAIRINGS))
+        require_value(pairing in PAIRINGS, 'pairing', pairing, ', '.join(PAIRINGS))
         self.pairing, self._calls, self._unequal = pairing, 0, 0.
-
-    @property
-    def wants_target(self) -> bool: # at the present strength
-        "False in the redundancy phase: the baseline needs none."
-        return self.strength > 0
 
     def targets(self,
                 t1: torch.Tensor,        # (n, d)
                 t2: torch.Tensor | None, # (n, d)
                ) -> tuple:               # standardised target of view 1, of view 2, (d,) correlation of two draws
         "The targets as `pairing` uses them."
+        require(t2 is not None or self.pairing == 'draw', 'target2', 'got None',
+                f'an (n, d) tensor, pairing {self.pairing!r} uses two targets')
+        t1 = standardise(t1)
         if t2 is None:
-            if self.pairing != 'draw':
-                raise ValueError('target2: got None; accepted: an (n, d) tensor, '
-                                 f'pairing {self.pairing!r} uses two targets')
-            t1 = standardise(t1)
             return t1, t1, torch.ones_like(t1[0])
-        t1, t2 = standardise(t1), standardise(t2)
+        t2 = standardise(t2)
         c_t = (t1*t2).mean(0)
         if self.pairing == 'draw':
             return t1, t1, c_t
@@ -112,8 +105,8 @@ class _Estimators(TargetLoss):
         if self.estimator == 'gaussian':
             x = torch.cat([x1, x2, t], 1)
             r = self.pair(x.T @ x/n)
-            one = torch.eye(3*d, dtype=r.dtype, device=r.device)
-            return tuple(i.to(r.dtype) for i in gaussian_information(keep*r + self.shrinkage*one, (d, d, d)))
+            r = keep*r + self.shrinkage*torch.eye(3*d, dtype=r.dtype, device=r.device)
+            return tuple(i.to(r.dtype) for i in gaussian_information(r, (d, d, d)))
         views = torch.cat([x1, x2], 1)
         weight = next(self.critics.parameters())
         nets, codes = self.critics.source, [g(t.to(weight.dtype)) for g in self.critics.target]
@@ -136,16 +129,13 @@ class PIDLoss(_Estimators):
                  dim: int | None = None,           # width d of the embedding: infonce needs it for its critics
                  width: int = 256,                 # of the critics' hidden layers
                 ):
-        super().__init__(pairing)
-        self.take(beta=beta, estimator=estimator, shrinkage=shrinkage, decorrelation=decorrelation, reduction=reduction,
-                  phase_one=phase_one)
-        if pairing == 'cross' and estimator != 'coordinate':
-            one = f'draw, mean with estimator {estimator}: the joint information needs one target for both views'
-            raise ConfigError('pairing', pairing, one)
-        if estimator == 'infonce' and dim is None:
-            raise ConfigError('dim', dim, 'the width of the embedding, with estimator infonce')
+        super().__init__(pairing, beta=beta, estimator=estimator, shrinkage=shrinkage, decorrelation=decorrelation,
+                         reduction=reduction, phase_one=phase_one)
+        require_value(pairing != 'cross' or estimator == 'coordinate', 'pairing', pairing,
+                      f'draw, mean with estimator {estimator}: the joint information needs one target for both views')
         self.pair, self.single = RunningMean(covariance_momentum), RunningMean(covariance_momentum)
         if estimator == 'infonce':
+            require_value(dim is not None, 'dim', dim, 'the width of the embedding, with estimator infonce')
             dim, width = check_integer('dim', dim), check_integer('width', width)
             self.critics = InfoNCECritics(dim, dim, dim, width=width, d_score=min(dim, 64))
 
@@ -192,8 +182,7 @@ class PIDBarlowTwins(TargetLoss):
                  excess: str = 'two_sided',  # two_sided, or one_sided: agreement below tau costs nothing
                  pairing: str = 'draw',      # see `TargetLoss`
                 ):
-        super().__init__(pairing)
-        self.take(lambda_param=lambda_param, w_t=w_t, kappa=kappa, tau=tau, excess=excess)
+        super().__init__(pairing, lambda_param=lambda_param, w_t=w_t, kappa=kappa, tau=tau, excess=excess)
 
     def compute(self, z1, z2, t1, t2):
         x1, x2 = standardise(z1), standardise(z2)
@@ -228,8 +217,8 @@ class PIDWMSE(TargetLoss, WMSE):
                  pairing: str = 'draw',      # see `TargetLoss`
                 ):
         super().__init__(pairing, whitening_size=whitening_size, whitening_iters=whitening_iters, eps=eps)
-        if pairing == 'cross' and w_r:
-            raise ConfigError('w_r', w_r, '0 with pairing cross: the floor needs one target for both views')
+        require_value(pairing != 'cross' or not w_r, 'w_r', w_r,
+                      '0 with pairing cross: the floor needs one target for both views')
         self.take(w_t=w_t, w_r=w_r)
 
     def compute(self, z1, z2, t1, t2):

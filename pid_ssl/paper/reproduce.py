@@ -6,10 +6,11 @@
 __all__ = ['Plan', 'behind', 'reproduce', 'comparison', 'summary', 'circumstances', 'outcome', 'command']
 
 # %% ../../nbs/paper/90_reproduce.ipynb #e186eb7a
-import argparse, difflib, functools, json
+import difflib, functools, json
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..config import TASK_TABLE, ConfigError, digest, project_root
+from types import SimpleNamespace
+from ..config import TASK_TABLE, ConfigError, digest, project_root, read_options, require_value
 from ..data import load_dataset
 from ..experiments import recipe
 from ..experiments.sweep import make
@@ -60,8 +61,7 @@ def behind(names: list,                   # figures, tables, recipes, ids of rec
     plan.asked = set(planned)
     encoders = {records[i].config['run'] for i in planned if 'run' in records[i].config} - set(planned)
     planned |= {i: recipe.planned_again(records[i], records) for i in sorted(encoders)}
-    first = sorted(planned, key=lambda i: 'loss' not in records[i].config)
-    plan.records = {i: (records[i], planned[i]) for i in first}
+    plan.records = {i: (records[i], planned[i]) for i in sorted(planned, key=lambda i: 'loss' not in records[i].config)}
     return plan
 
 # %% ../../nbs/paper/90_reproduce.ipynb #fd75a662
@@ -92,21 +92,18 @@ def reproduce(plan: Plan,                  # from `behind`
              ) -> dict:                    # id of a committed record -> the `RunRecord` made again
     "Make the records of a plan again. Raises `ConfigError` before anything starts, `SweepFailed`, `SweepStopped`."
     home = Path(home).expanduser().resolve()
-    if (home/'settings.ini').exists() or (home/'figures'/'manifest.json').exists():
-        raise ConfigError('home', str(home), 'another folder: here committed records would be taken for new ones')
-    if not plan.records:
-        raise ConfigError('figure', ', '.join(plan.files) or 'nothing',
-                          f'something made from run records; times and errors are what {_MEASURED}')
-    local = dict(home=str(home), data_dir=str(Path(data_dir).expanduser().resolve()) if data_dir else None)
-    again = {}
+    own = (home/'settings.ini').exists() or (home/'figures'/'manifest.json').exists()
+    require_value(not own, 'home', str(home), 'another folder: here committed records would be taken for new ones')
+    require_value(plan.records, 'figure', ', '.join(plan.files) or 'nothing',
+                  f'something made from run records; times and errors are what {_MEASURED}')
+    local, again = dict(home=str(home), data_dir=str(Path(data_dir).expanduser().resolve()) if data_dir else None), {}
     for i, (record, planned) in plan.records.items():
-        more = dict(device=record.provenance['device'], threads=record.provenance.get('threads'), **local)
-        again[i] = planned.at(again.get(record.config.get('run')), **more)
-    for p in again.values():
-        if hasattr(p.config, 'device'):
-            device_class(p.config)
-    if len({p.key() for p in again.values()}) < len(again):
-        raise ConfigError('figure', f'{len(again)} records', 'one at a time, where records differ in their data alone')
+        again[i] = planned.at(again.get(record.config.get('run')), device=record.provenance['device'],
+                              threads=record.provenance.get('threads'), **local)
+        if hasattr(again[i].config, 'device'):
+            device_class(again[i].config)
+    require_value(len({p.key() for p in again.values()}) == len(again), 'figure', f'{len(again)} records',
+                  'one at a time, where records differ in their data alone')
     _refuse_other_data(plan.of(), home, data_dir)
     return dict(zip(again, make(list(again.values()), workers, 'reproduce', notebooks=False)))
 
@@ -121,15 +118,12 @@ def _refuse_other_data(records, home, data_dir):
     cache, asked = home/'data'/'cache', {_images(r) for r in records} - {None}
     here = functools.cache(lambda images: load_dataset(*images[:3], data_dir, cache_dir=cache,
                                                        labels=images[3]).content_hash)
-    for old in recipe.every_record(home/'data'):
+    for old in [r for r in recipe.every_record(home/'data') if _images(r) in asked]:
         images, content = _images(old), old.provenance['dataset_hash']
-        if images not in asked:
-            continue
         with writing(home):
             now = here(images)
-        if now != content:
-            raise ConfigError('home', str(home), f'an empty folder: record {old.run_id} there was made from another '
-                              f'copy of {images[0]} ({content[:16]}, and {now[:16]} is here now)')
+        require_value(now == content, 'home', str(home), f'an empty folder: record {old.run_id} there was made from '
+                      f'another copy of {images[0]} ({content[:16]}, and {now[:16]} is here now)')
 
 # %% ../../nbs/paper/90_reproduce.ipynb #571f169b
 def comparison(plan: Plan, # what was committed
@@ -138,9 +132,7 @@ def comparison(plan: Plan, # what was committed
     "One row a metric of each record that was asked for; a metric that only one of the two has is left empty."
     _, _, pd = plotting()
     rows = []
-    for old in plan.of():
-        if old.run_id not in plan.asked:
-            continue
+    for old in [r for r in plan.of() if r.run_id in plan.asked]:
         new = made[old.run_id]
         about = {'record': old.run_id, 'again': new.run_id, 'what': _what(old), 'setting': _setting(old)}
         for k in dict.fromkeys([*old.metrics, *new.metrics]):
@@ -166,9 +158,7 @@ def summary(table: object, # of `comparison`
     standard deviation between seeds of one setting, pooled over settings."""
     _, _, pd = plotting()
     rows = []
-    for metric, d in table.groupby('metric', sort=False):
-        if metric.endswith('_C'):
-            continue
+    for metric, d in table[~table.metric.str.endswith('_C')].groupby('metric', sort=False):
         gap, settings = d.difference.abs(), [s.committed for _, s in d.groupby('setting') if len(s) > 1]
         free = sum(len(s) - 1 for s in settings)
         spread = (sum(s.var()*(len(s) - 1) for s in settings)/free)**0.5 if free else None
@@ -236,21 +226,20 @@ def _kept(path, names):
         raise ConfigError('record', path, 'a file that does not exist yet, or one that this command wrote '
                           f'({e})') from None
 
-def _arguments(argv):
-    parser = argparse.ArgumentParser(prog='pid_ssl reproduce', description='Make the records behind a figure or table '
-                                     'again in a folder of their own, and compare every number with the committed one.')
-    parser.add_argument('figure', nargs='+', help='a figure or table, a recipe of nbs/sweeps, or the id of a record')
-    parser.add_argument('--home', help='folder for what is made; not the project itself')
-    parser.add_argument('--workers', type=int, default=1, help='processes at a time')
-    parser.add_argument('--data_dir', help='folder of datasets; default $PID_SSL_DATA, then data/datasets')
-    parser.add_argument('--record', help='JSON file that keeps the outcome, beside those of other names')
-    parser.add_argument('--plan', action='store_true', help='only say what would be made and how long it took')
-    return parser.parse_args(argv)
+_ABOUT = ('Make the records behind a figure or table again in a folder of their own, and compare every number with the '
+          'committed one.')
+_OPTIONS = {
+    'figure': dict(nargs='+', help='a figure or table, a recipe of nbs/sweeps, or the id of a record'),
+    '--home': dict(help='folder for what is made; not the project itself'),
+    '--workers': dict(type=int, default=1, help='processes at a time'),
+    '--data_dir': dict(help='folder of datasets; default $PID_SSL_DATA, then data/datasets'),
+    '--record': dict(help='JSON file that keeps the outcome, beside those of other names'),
+    '--plan': dict(action='store_true', help='only say what would be made and how long it took')}
 
 def command(argv: list | None = None, # default the process's arguments
            ) -> None:
     "Reproduce figures, tables or records, and print what differs; raises what `behind` and `reproduce` do."
-    given = _arguments(argv)
+    given = SimpleNamespace(**read_options(argv, 'pid_ssl reproduce', _ABOUT, _OPTIONS))
     plan = behind(given.figure)
     counts = [len(plan.of(kind)) for kind in recipe.KINDS]
     devices = ', '.join(sorted({r.provenance['device_name'] for r in plan.of()})) or 'nothing'
@@ -260,8 +249,7 @@ def command(argv: list | None = None, # default the process's arguments
         print(f'not made again: data/{f}, times and errors that {_MEASURED}')
     if given.plan:
         return
-    if not given.home:
-        raise ConfigError('home', given.home, 'a folder for what is made, with --home; or --plan')
+    require_value(given.home, 'home', given.home, 'a folder for what is made, with --home; or --plan')
     plotting()  # what is missing is said before the work
     path = Path(given.home).expanduser().resolve()/'reproduced.csv'
     check_folder(path.parent)

@@ -7,23 +7,22 @@ __all__ = ['CHECKPOINT_FORMAT', 'CheckpointError', 'Kind', 'PRETRAINING', 'Recor
            'RunRecord', 'STATUSES', 'StopSignals', 'StorageError', 'check_folder', 'checkpoint_folder', 'device_name',
            'find_record', 'git_state', 'home_folder', 'load_checkpoint', 'load_record', 'load_records', 'lock_run',
            'other_data', 'other_lengths', 'peak_memory', 'provenance', 'read_json', 'recorded_config',
-           'remove_checkpoint', 'repair_checkpoints', 'require', 'run_id', 'runs_folder', 'save_checkpoint',
-           'write_bytes', 'writing']
+           'remove_checkpoint', 'repair_checkpoints', 'run_id', 'runs_folder', 'save_checkpoint', 'write_bytes',
+           'writing']
 
 # %% ../../nbs/records/20_records.ipynb #41aca6b3
-from .folders import checkpoint_folder, home_folder
-from .kind import PRETRAINING, Kind, find_record, load_records, other_data, other_lengths, runs_folder
+from .kind import (PRETRAINING, Kind, checkpoint_folder, find_record, home_folder, load_records,
+                                  other_data, other_lengths, runs_folder)
 from .lock import RunLocked, lock_run
-from .provenance import device_name, git_state, peak_memory, provenance, recorded_config
-from .record import STATUSES, RecordError, RunRecord, load_record, run_id
+from .record import (STATUSES, RecordError, RunRecord, device_name, git_state, load_record,
+                                    peak_memory, provenance, recorded_config, run_id)
 from .signals import RunInterrupted, StopSignals
-from pid_ssl.records.storage import (CHECKPOINT_FORMAT, CheckpointError, StorageError, check_folder,
-    load_checkpoint, read_json, remove_checkpoint, repair_checkpoints, require, save_checkpoint, write_bytes,
-    writing)
+from .storage import (CHECKPOINT_FORMAT, CheckpointError, StorageError, check_folder,
+    load_checkpoint, read_json, remove_checkpoint, repair_checkpoints, save_checkpoint, write_bytes, writing)
 
 _all_ = ['CHECKPOINT_FORMAT', 'CheckpointError', 'Kind', 'PRETRAINING', 'RecordError', 'RunInterrupted', 'RunLocked',
          'RunRecord', 'STATUSES', 'StopSignals', 'StorageError', 'check_folder', 'checkpoint_folder',
          'device_name', 'find_record', 'git_state', 'home_folder', 'load_checkpoint', 'load_record',
          'load_records', 'lock_run', 'other_data', 'other_lengths', 'peak_memory', 'provenance', 'read_json',
-         'recorded_config', 'remove_checkpoint', 'repair_checkpoints', 'require', 'run_id', 'runs_folder',
+         'recorded_config', 'remove_checkpoint', 'repair_checkpoints', 'run_id', 'runs_folder',
          'save_checkpoint', 'write_bytes', 'writing']

@@ -12,8 +12,7 @@ try:
 except ImportError:
     fcntl = None  # Windows
 from ..config import Config
-from .folders import checkpoint_folder
-from .kind import runs_folder
+from .kind import checkpoint_folder, runs_folder
 from .storage import check_folder, repair_checkpoints, writing
 
 # %% ../../nbs/records/24_lock.ipynb #dc8522e8

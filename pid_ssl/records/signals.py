@@ -36,9 +36,6 @@ class StopSignals:
         return self
 
     def __exit__(self, *error):
-        self._put_back()
-
-    def _put_back(self):
         for s, handler in self.before.items():
             signal.signal(s, signal.SIG_DFL if handler is None else handler)
         self.before = {}
@@ -48,7 +45,7 @@ class StopSignals:
             return
         self.number = number
         if not self.patient:
-            self._put_back()
+            self.__exit__()
         if not self.wait:
             raise RunInterrupted(self.message, number)
 

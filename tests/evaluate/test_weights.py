@@ -9,8 +9,7 @@ from conftest import ROOT
 from pid_ssl.config import from_dict
 from pid_ssl.data import ViewMaker, load_dataset
 from pid_ssl.evaluate import evaluate_encoder
-from pid_ssl.models import exported, load_encoder
-from pid_ssl.models.weights import WEIGHTS, weights_folder
+from pid_ssl.models import WEIGHTS, exported, load_encoder, weights_folder
 from pid_ssl.records import load_record, run_id
 
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pid_ssl.models.weights import WEIGHTS
+from pid_ssl.models import WEIGHTS
 from pid_ssl.records import device_name, git_state
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,9 @@ Each loss with the defaults of the `gpu` preset, or of the device's own where th
 import argparse
 import json
 import multiprocessing
+import os
 import resource
+import signal
 import time
 from pathlib import Path
 
@@ -19,11 +21,12 @@ import torch
 
 from pid_ssl.config import Config, resolve, step_images
 from pid_ssl.data import load_dataset
+from pid_ssl.experiments.process import stop_with_parent
 from pid_ssl.experiments.training import Pretraining, device_class
 from pid_ssl.records import device_name, git_state
 
 ROOT = Path(__file__).resolve().parents[2]
-ON_GPU = {"barlow": {}, "pid_barlow": {}, "pid": {}}
+ON_GPU = {"barlow": {}, "pid_barlow": {}, "pid": {}, "wmse": {}, "pid_wmse": {}}
 ON_CPU = {"barlow": {}, "pid_barlow": {}, "barlow, 4 views": {"views": 4}, "pid": {}, "wmse": {}, "pid_wmse": {}}
 WARM_UP = 10
 
@@ -82,11 +85,17 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--out", type=Path, default=ROOT / "data/benchmarks/gpu_speed.json")
+    parser.add_argument("--losses", help="only these, separated by commas")
+    parser.add_argument("--with-parent", action="store_true", help="end when standard input does")
     given = parser.parse_args()
+    if given.with_parent:
+        stop_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
     rows, device = [], device_class(Config())
     if device == "cpu":
         torch.set_num_threads(1)
     settings = ON_GPU if device == "cuda" else ON_CPU
+    wanted = given.losses.split(",") if given.losses else settings
+    settings = {name: fields for name, fields in settings.items() if name in wanted}
     for compiled in (False, True) if device == "cuda" else (False,):
         configs, steps = {}, {}
         for name, fields in settings.items():

@@ -14,6 +14,7 @@ WRONG = {
     "audit": (["nowhere", "--images", "digits"], "nowhere"),
     "controlled": (["--arm", "clop"], "arm: got 'clop'; accepted: clip"),
     "sweep": (["nowhere.toml"], "nowhere.toml"),
+    "gpu": (["--minutes", "0"], "minutes: got 0.0; accepted: a number above 0"),
     "reproduce": (["no_figure", "--plan"], "no_figure"),
     "copies": (["nothing", "nowhere"], "nothing"),
 }

@@ -63,7 +63,7 @@ else:
 def test_weights_are_found_beside_an_installed_package(wheel, tmp_path):
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", f"{tmp_path}/site", str(wheel)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    code = "from pid_ssl.models.weights import weights_folder as f; print(f('pid_cifar10'))"
+    code = "from pid_ssl.models import weights_folder as f; print(f('pid_cifar10'))"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert out.stdout.strip() == str(tmp_path / "site/share/pid_ssl/weights/pid_cifar10"), out.stderr
