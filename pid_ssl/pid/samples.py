@@ -139,6 +139,12 @@ def as_labels(
     return torch.unique(x, return_inverse=True)[1]
 
 
+def _halved(run, result, n, seed):
+    "What more samples might change, by what half of them read"
+    halves = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).chunk(2)
+    return LACK * (named(result) - sum(named(run(i)) for i in halves) / 2).abs()
+
+
 def _coordinate(z1, z2, t, eps, reduce):
     if not z1.shape == z2.shape == t.shape:
         raise ValueError(f"coordinate pairs up coordinates: z1, z2, t have {z1.shape[1]}, {z2.shape[1]}, {t.shape[1]}")
@@ -172,13 +178,8 @@ def _correlated(read, options, z, base, seed):
     def run(i):
         informations, info = read(*(x[i] for x in z), *options)
         return pid_from_union(*informations, base=base, info=info)
-    def to_come():
-        if read is _gaussian:
-            return 0.0
-        halves = torch.randperm(len(z[0]), generator=torch.Generator().manual_seed(seed)).chunk(2)
-        return LACK * (named(result) - sum(named(run(i)) for i in halves) / 2).abs()
-    result = run(slice(None))
-    return result, run, to_come
+    result, enough = run(slice(None)), len(z[0]) > 2 * sum(x.shape[1] for x in z)
+    return result, run, lambda: _halved(run, result, len(z[0]), seed) if enough else 0.0
 
 # %% ../../nbs/pid/18_samples.ipynb #e4c4f1ce
 def _quantised(z, labels, measure, base, codes, permutations, seed, extrapolate):
@@ -192,10 +193,11 @@ def _quantised(z, labels, measure, base, codes, permutations, seed, extrapolate)
         found = count_pid(c1[i], c2[i], ct[i], measure, base, extrapolate)[0]
         return PID(*(found.atoms - result.info["null"]).unbind(-1), found.gap)
     def to_come():
+        samples = _halved(run, result, len(mixed), seed) if len(mixed) >= 8 else 0.0
         if all(own is not None for own in labels):
-            return 0.0
+            return samples
         fewer, _, _ = _quantised(z, labels, measure, base, max(1, codes // 2), permutations, seed, extrapolate)
-        return (named(result) - named(fewer)).abs() / 3
+        return samples + (named(result) - named(fewer)).abs() / 3
     return result, run, to_come
 
 

@@ -201,7 +201,7 @@ def test_what_is_recommended_was_measured():
     "Within .05 bit at every n and d of the record where no warning is given"
     record = json.loads((project_root() / "data/benchmarks/pid_error.json").read_text())
     ways = {way.removesuffix(", 8 codes") for way in {r["estimator"] for r in record["rows"]}} & set(RECOMMENDED)
-    assert ways == set(RECOMMENDED)
+    assert ways == {way for way in RECOMMENDED if "heads" not in way and "labels" not in way}  # pid_intervals.json
     errors = {}
     for r in record["rows"]:
         way = r["estimator"].removesuffix(", 8 codes")
