@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'FAULTS', 'GENERATED', 'MARKS', 'measured', 'middle', 'turns', 'pid_speed_table', 'loss_speed_table',
            'loss_speed_cells', 'broja_speed_table', 'broja_check_table', 'by_side', 'view_speed_table',
            'train_speed_table', 'eval_speed_table', 'faults_table', 'reproduced_table', 'reproduced_caption',
-           'plot_calibration', 'calibration_table', 'calibration_caption', 'plot_speed', 'cost_table',
+           'plot_calibration', 'calibration_table', 'coverage_table', 'calibration_caption', 'plot_speed', 'cost_table',
            'gpu_speed_table']
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #1d263647
@@ -258,6 +258,20 @@ def calibration_table(record: dict, # pid_error
                   for d in (4, 16) for n in (250, 1000, 16000)}
         yield {'estimator': way, 'atom': atom} | {k: f'{e.mean():+.0f} ± {e.std():.0f}' for k, e in errors.items()}
 
+# %% ../../nbs/figures/89_benchmarks.ipynb #5e9bcf2e
+@tabled
+def coverage_table(record: dict, # pid_intervals
+                  ):             # pandas DataFrame of text
+    "Of each estimator on known distributions: mean errors, and the share of intervals that hold the truth."
+    for r in sorted(record['rows'], key=lambda r: (r['estimator'], r['distribution'], r['d'], r['n'])):
+        error, worst = r['mean_error'], min(r['covered'], key=r['covered'].get)
+        held = {k: f"{100*v/r['draws']:.1f}" for k, v in r['covered'].items()}
+        yield {'estimator': r['estimator'], 'distribution': r['distribution'], 'd': str(r['d'] or 'labels'),
+               'n': f"{r['n']:,}", 'draws': str(r['draws']), 'error of R, bits': f"{error['redundancy']:+.3f}",
+               'of S': f"{error['synergy']:+.3f}", 'R covered (%)': held['redundancy'], 'S (%)': held['synergy'],
+               'I12 (%)': held['joint'], 'worst of all (%)': f'{held[worst]} ({worst})', 's a draw': f"{r['s']:.2f}"}
+
+# %% ../../nbs/figures/89_benchmarks.ipynb #4480d5fd
 def calibration_caption(record: dict, # pid_error
                        ) -> str:      # one sentence
     "Distribution, seeds and device."
