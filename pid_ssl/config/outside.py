@@ -48,9 +48,8 @@ def read_args(argv: list | None = None, # default the process's arguments
     for heading, fields in grouped(kind).items():
         group = parser.add_argument_group(heading)
         for f in fields:
-            more = dict(metavar=f.name.upper())
-            if kind_of(f) is bool:
-                more = dict(action=argparse.BooleanOptionalAction, default=None)
+            switch = dict(action=argparse.BooleanOptionalAction, default=None)
+            more = switch if kind_of(f) is bool else dict(metavar=f.name.upper())
             group.add_argument(f'--{f.name}', help=f"{f.metadata['help']}; {accepted(f)}".replace('%', '%%'), **more)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     numbers = {f.name for f in dataclasses.fields(kind) if kind_of(f) in (int, float)}

@@ -34,5 +34,5 @@ def source_hash(package: str | Path | None = None, # folder of the package; defa
     "Hash of the package's own source: a record made by other code is recognised by it."
     here = Path(__file__).parents[1] if '__file__' in globals() else project_root()/'pid_ssl'
     top = Path(package or here)
-    hashes = {p.relative_to(top).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in top.rglob('*.py')}
-    return digest(hashes)
+    return digest({p.relative_to(top).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+                   for p in top.rglob('*.py')})

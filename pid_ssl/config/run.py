@@ -110,7 +110,8 @@ def preset_values(preset: str,    # digits, cpu or gpu
     "The values that a preset gives to the fields left open."
     knobs = {name: k.metadata['presets'] for name, k in KNOBS.items() if k.metadata['presets'] is not None}
     own = LOSS_TABLE[loss].presets if loss else {}
-    return {**_COMMON, **_SIZES[preset], **{k: By.at(v, preset) for k, v in {**knobs, **own}.items()}}
+    values = {k: getattr(v, preset) if isinstance(v, By) else v for k, v in {**knobs, **own}.items()}
+    return {**_COMMON, **_SIZES[preset], **values}
 
 PRESETS = {preset: preset_values(preset) for preset in By._fields}
 # a mirrored digit or sign is another one; everything else: cifar
@@ -121,9 +122,8 @@ def resolve(config: Config,            # validated, fields may be None
             device_class: str = 'cpu', # 'cpu', 'cuda' or 'mps': what the run will use
            ) -> Config:                # no field that changes the result is None
     "Fill in every field left to the preset and check the fields against each other; raises `ConfigError`."
-    preset = config.preset
-    if preset == 'auto':
-        preset = 'digits' if config.dataset == 'digits' else 'gpu' if device_class == 'cuda' else 'cpu'
+    usual = 'digits' if config.dataset == 'digits' else 'gpu' if device_class == 'cuda' else 'cpu'
+    preset = usual if config.preset == 'auto' else config.preset
     filled = {k: v for k, v in preset_values(preset, config.loss).items() if getattr(config, k) is None}
     if config.policy == 'auto':
         filled['policy'] = POLICIES_BY_DATASET.get(config.dataset, 'cifar')

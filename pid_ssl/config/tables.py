@@ -19,13 +19,6 @@ class By(NamedTuple):
     cpu: object    # in an hour on a CPU
     gpu: object    # on a GPU
 
-    @staticmethod
-    def at(value: object, # shared by all presets, or a `By`
-           preset: str,   # a name
-          ) -> object:
-        "The value in a preset."
-        return getattr(value, preset) if isinstance(value, By) else value
-
 def knob(name: str,              # the field of `Config`, and the argument of the loss
          kind: type,             # str, int, float or bool
          help: str,              # what it does

@@ -128,8 +128,8 @@ def _rows(source, name, train_size):
             train = train[_subset(labels[train], train_size, source.names)]
     # unlabelled images have no order of their own: the first ones, spread over the file
     unlabelled = np.linspace(0, source.unlabelled - 1, more).round().astype(np.int64) if more else np.arange(0)
-    stored = {'train': ('train', train), 'val': ('train', val), 'test': ('train' if held is None else 'test', test)}
-    return stored, unlabelled
+    return {'train': ('train', train), 'val': ('train', val),
+            'test': ('train' if held is None else 'test', test)}, unlabelled
 
 # %% ../../nbs/data/30_data.ipynb #d084dca1
 def _in_memory(chunks, shape):
@@ -156,7 +156,7 @@ def load_dataset(name: str,                    # in `DATASETS`, or of a Parquet 
     y = {s: torch.from_numpy(source.labels[at][r]) for s, (at, r) in rows.items() if source.labelled}
     parts = {s: [r] for s, r in rows.items()}
     if len(unlabelled):
-        parts = {'pretrain': [rows['train'], ('unlabelled', unlabelled)], 'val': [rows['val']], 'test': [rows['test']]}
+        parts = {'pretrain': [*parts.pop('train'), ('unlabelled', unlabelled)], **parts}
     side, content = image_size or source.side(), source.content_hash
     shapes = {s: (sum(len(r) for _, r in p), source.channels, side, side) for s, p in parts.items()}
     keep = sum(math.prod(v) for v in shapes.values()) <= image_limit(data_memory)

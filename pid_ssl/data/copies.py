@@ -15,10 +15,9 @@ from .table import COPIES
 # %% ../../nbs/data/38_copies.ipynb #0a9f1486
 def _labels(checkout):
     # split -> {path below the checkout: class}
-    found = {}
-    for split in ('train', 'test'):
-        images = [p.relative_to(checkout) for p in (checkout/split).rglob('*') if p.suffix.lower() in ('.jpg', '.jpeg')]
-        found[split] = {p.as_posix(): p.parts[1] for p in images}
+    images = [p.relative_to(checkout) for split in ('train', 'test') for p in (checkout/split).rglob('*')
+              if p.suffix.lower() in ('.jpg', '.jpeg')]
+    found = {split: {p.as_posix(): p.parts[1] for p in images if p.parts[0] == split} for split in ('train', 'test')}
     annotations = checkout/'val'/'val_annotations.txt'
     if annotations.is_file():  # its own test has no labels
         rows = (line.split('\t')[:2] for line in annotations.read_text().splitlines())

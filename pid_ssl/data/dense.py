@@ -41,6 +41,7 @@ class DetectionData(Dataset):
 # %% ../../nbs/data/36_dense.ipynb #38f32577
 VOC_CLASSES = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable',
                'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
+_SPLITS, _FILES = ('train', 'val', 'test'), 'holding train.parquet, val.parquet and test.parquet'
 _CAMVID = ('sky', 'building', 'pole', 'road', 'pavement', 'tree', 'sign', 'fence', 'car', 'pedestrian', 'bicyclist')
 # name -> (note printed beside every number, classes of masks, classes of boxes)
 DENSE = {'camvid-240': ('CamVid at 240x180 (halved, JPEG copy)', _CAMVID, ()),
@@ -48,8 +49,12 @@ DENSE = {'camvid-240': ('CamVid at 240x180 (halved, JPEG copy)', _CAMVID, ()),
          'voc': ('Pascal VOC', (), VOC_CLASSES),
          'digit-scenes': ('drawn digit scenes', ('background', 'zero', 'one'), ('zero', 'one'))}
 
-def _names(folder, classes, which):
-    # the names of the classes, and the set in words
+def _names(name, data_dir, classes, which):
+    # the folder of a set, the names of its classes, and the set in words
+    folders = data_folders(data_dir)
+    folder = next((at/name for at in folders if (at/name).is_dir()), None)
+    expect(folder, 'dataset', f'got {name!r}, with no folder of that name', f'a folder {name}/ {_FILES} under '
+           f"{' or '.join(map(str, folders))} (set data_dir or $PID_SSL_DATA)")
     note, *known = DENSE.get(folder.name, (folder.name, (), ()))
     found, path = tuple(classes or known[which]), folder/'classes.txt'
     if not found:
@@ -63,18 +68,9 @@ def _names(folder, classes, which):
             raise DataError(f'{path}: {fault}; accepted: {wanted}') from None
         fits = all(found) and len(set(found)) == len(found) and 0 < len(found) < 255
         expect(fits, path, f"{len(found)} lines, {len(set(found) - {''})} different names", wanted)
-    return found, note
+    return folder, found, note
 
 # %% ../../nbs/data/36_dense.ipynb #34f169ed
-_SPLITS, _FILES = ('train', 'val', 'test'), 'holding train.parquet, val.parquet and test.parquet'
-
-def _folder(name, data_dir):
-    for folder in data_folders(data_dir):
-        if (folder/name).is_dir():
-            return folder/name
-    raise DataError(f'dataset: got {name!r}, with no folder of that name; accepted: a folder {name}/ {_FILES} under '
-                    f"{' or '.join(map(str, data_folders(data_dir)))} (set data_dir or $PID_SSL_DATA)")
-
 def _rows(folder, columns, names):
     # split -> (file, rows as dicts); the hash of the content
     out, hashes, listed = {}, '', ', '.join(columns)
@@ -137,8 +133,7 @@ def load_segmentation(name: str = 'camvid-240',     # of the folder
                       classes: tuple | None = None, # names; default those of `DENSE`, else of the folder's classes.txt
                      ) -> SegmentationData:         # train, val and test
     "Read a segmentation set; raises `DataError` naming file, row and what is wrong."
-    folder = _folder(name, data_dir)
-    names, note = _names(folder, classes, 0)
+    folder, names, note = _names(name, data_dir, classes, 0)
     tables, digest = _rows(folder, ('img', 'mask'), names)
     images, masks, sequences, size = {}, {}, {}, None
     for split, (path, rows) in tables.items():
@@ -192,8 +187,7 @@ def load_detection(name: str = 'bccd',           # of the folder
     "Read a detection set; raises `DataError` naming file, row and what is wrong. Images without boxes stay."
     require_value(len(image_size) == 2 and min(image_size) >= 16, 'image_size', image_size,
                   'height and width from 16 pixels')
-    folder = _folder(name, data_dir)
-    names, note = _names(folder, classes, 1)
+    folder, names, note = _names(name, data_dir, classes, 1)
     tables, digest = _rows(folder, ('img', 'boxes', 'labels', 'width', 'height'), names)
     images, boxes, labels = {}, {s: [] for s in _SPLITS}, {s: [] for s in _SPLITS}
     for split, (path, rows) in tables.items():

@@ -166,7 +166,7 @@ def folder_source(name: str,    # of the dataset
     labelled = labels == 'auto' and {len(path.relative_to(top).parts) for path in images_below(top)[0]} != {1}
     read = _class_files if labelled else _loose_files
     classes, images, y, left = read(top, None)
-    files, labels, note = {'train': images}, {'train': y}, NOTES.get(name, name)
+    files, labels = {'train': images}, {'train': y}
     if annotated := labelled and [p for p in there.values() if (p/'val_annotations.txt').is_file()]:
         there = {'train': top, 'validation': annotated[0]}
         files['test'], labels['test'] = _annotated(annotated[0], classes)
@@ -183,6 +183,6 @@ def folder_source(name: str,    # of the dataset
             warnings.warn(f'{folder}: {len(paths)} {words[len(paths) > 1]} skipped (such as {paths[0]})')
     if labelled:
         check_class_numbers({'test': None, **labels}, {'train': str(top), 'test': str(held)})
-    note += f'; its {held.name} folder stands for test' if held and held.name.lower() != 'test' else ''
-    note += f'; {sum(map(len, left))} files skipped' if any(left) else ''
+    stands = f'; its {held.name} folder stands for test' if held and held.name.lower() != 'test' else ''
+    note = NOTES.get(name, name) + stands + (f'; {sum(map(len, left))} files skipped' if any(left) else '')
     return listed_source(note, files, labels, folder, classes, labelled)

@@ -79,12 +79,6 @@ def _columns(path, schema):
            f'{image} {accepted}')
     return image, label
 
-def _integers(path, labels):
-    expect(labels.dtype.kind in 'iu', path, f'label has type {labels.dtype}', 'integers from 0, none missing')
-    low, high = labels.min(), labels.max()
-    expect(low >= 0 and high < 2**31, path, f'label ranges from {low} to {high}', 'integers from 0')
-    return labels.astype(np.int64)
-
 def _class_names(schema, label):
     # as Hugging Face's datasets write them beside the schema; none where nobody did
     try:
@@ -104,15 +98,19 @@ class Shard:
                  labels: str = 'auto', # none: a column of labels is not read
                 ):
         self.path = path
-        about = 'Parquet image file', 'img or image (struct of bytes and path) and label'
-        self.open = partial(open_parquet, path, *about)  # for a `with` statement
+        self.open = partial(open_parquet, path, 'Parquet image file',  # for a `with` statement
+                            'img or image (struct of bytes and path) and label')
         with self.open() as file:
             self.column, label = _columns(path, file.schema_arrow)
             expect(file.metadata.num_rows, path, 'no rows', 'at least one image')
             self.labelled = label is not None and labels == 'auto'
             self.labels, self.names = np.zeros(file.metadata.num_rows, np.int64), ()
             if self.labelled:
-                self.labels = _integers(path, file.read(columns=[label])[label].to_numpy())
+                found = file.read(columns=[label])[label].to_numpy()
+                expect(found.dtype.kind in 'iu', path, f'label has type {found.dtype}', 'integers from 0, none missing')
+                low, high = found.min(), found.max()
+                expect(low >= 0 and high < 2**31, path, f'label ranges from {low} to {high}', 'integers from 0')
+                self.labels = found.astype(np.int64)
                 self.names = _class_names(file.schema_arrow, label)
 
     def blobs(self,
@@ -176,11 +174,10 @@ def parquet_source(name: str,    # of the dataset
                   ) -> Source:
     "A folder in the Hugging Face Parquet image layout, or one file of it; raises `DataError` naming the file."
     called, parts = _parquet_splits(name, folder, labels)
-    first, where = parts['train'][0], {}
-    for split, some in parts.items():
-        where[split] = str(some[0].path if len(some) == 1 else f'{called[split]}-*')
-        for part in some:
-            _renumber(part, first)
+    first = parts['train'][0]
+    where = {split: str(some[0].path if len(some) == 1 else f'{called[split]}-*') for split, some in parts.items()}
+    for part in sum(parts.values(), []):
+        _renumber(part, first)
     labels = dict.fromkeys(('train', 'test')) | {
         split: np.concatenate([part.labels for part in some]) for split, some in parts.items()}
     if first.labelled:

@@ -22,8 +22,8 @@ def _resize(images, side):
     images = np.ascontiguousarray(images)
     if images.shape[-1] == side:
         return images
-    options = dict(mode='bicubic', antialias=True, align_corners=False)
-    x = torch.nn.functional.interpolate(torch.from_numpy(images).float(), size=(side, side), **options)
+    x = torch.nn.functional.interpolate(torch.from_numpy(images).float(), size=(side, side), mode='bicubic',
+                                        antialias=True, align_corners=False)
     return x.round().clamp(0, 255).to(torch.uint8).numpy()
 
 def _array_source(note, arrays, labels, digest):

@@ -6,7 +6,7 @@
 __all__ = ['HEADER', 'free_memory', 'image_limit', 'mapped_images']
 
 # %% ../../nbs/data/32_stream.ipynb #b003bb3a
-import contextlib, json, mmap, os, time, warnings, zlib
+import contextlib, json, os, time, warnings, zlib
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
@@ -98,11 +98,9 @@ def _write(path, head, chunks, size):
         tmp.unlink(missing_ok=True)
 
 def _map(path, shape):
-    with open(path, 'rb') as f:
-        whole = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch has no read-only tensors, and says so
-        return torch.frombuffer(whole, dtype=torch.uint8, offset=HEADER).reshape(shape)
+        return torch.from_numpy(np.memmap(path, np.uint8, 'r', HEADER, shape))
 
 # %% ../../nbs/data/32_stream.ipynb #eb57e941
 def mapped_images(path: Path,       # of the file

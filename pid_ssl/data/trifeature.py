@@ -219,10 +219,8 @@ class Trifeature:
         shape, texture1, colour2, d1, d2 = (torch.randint(k, (n,), generator=generator) for k in ranges)
         match = self.bijection[texture1]
         other = (match + torch.randint(1, 10, (n,), generator=generator))%10
-        if pairing == 'balanced':
-            match = torch.where(torch.arange(n)%2 == 0, match, other)
-        if pairing != 'independent':
-            colour2 = other if pairing == 'outside' else match
+        half = torch.where(torch.arange(n)%2 == 0, match, other)
+        colour2 = dict(independent=colour2, inside=match, outside=other, balanced=half)[pairing]
         member, choose = self.member[split], lambda have: torch.multinomial(have.float(), 1, generator=generator)[:, 0]
         colour1, texture2 = choose(member[shape, :, texture1]), choose(member[shape, colour2])
         number = lambda c, t: (shape*10 + c)*10 + t

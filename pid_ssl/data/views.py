@@ -97,9 +97,8 @@ def affine_parameters(n: int,             # images
         w, zero = torch.where(_chance(n, policy.flip, g), -w, w), torch.zeros_like(w)
         return torch.stack([torch.stack([w, zero, x], -1), torch.stack([zero, h, y], -1)], 1)
     area = _uniform(n, *policy.crop, g)
-    ratio = torch.ones_like(area)
-    if policy.crop != (1., 1.):
-        ratio = torch.exp(_uniform(n, *map(math.log, policy.ratio), g))
+    crops = policy.crop != (1., 1.)
+    ratio = torch.exp(_uniform(n, *map(math.log, policy.ratio), g)) if crops else torch.ones_like(area)
     w, h = (area*ratio).sqrt().clamp(max=1.), (area/ratio).sqrt().clamp(max=1.)
     x, y = _uniform(n, -1, 1, g)*(1 - w), _uniform(n, -1, 1, g)*(1 - h)  # centre of the box, the box stays inside
     x, y = x + _uniform(n, -2, 2, g)*policy.translate, y + _uniform(n, -2, 2, g)*policy.translate
@@ -180,19 +179,18 @@ def jitter_colour(x: torch.Tensor, # (n, c, h, w), values in 0..1
                  ) -> torch.Tensor:# (n, c, h, w), values in 0..1
     "Colour jitter and grayscale with factors for each image."
     for name, v in drawn:
+        factor = v.view(-1, 1, 1, 1)
         if name == 'hue':
             x = shift_hue(x, v)
-            continue
-        v = v.view(-1, 1, 1, 1)
-        if name == 'brightness':
-            x = (x*v).clamp_(0, 1)
+        elif name == 'brightness':
+            x = (x*factor).clamp_(0, 1)
         elif name == 'gray':
-            x = (x*~v).add_(grayscale(x)*v)
+            x = (x*~factor).add_(grayscale(x)*factor)
         else:
             other = grayscale(x)
             if name == 'contrast':
                 other = other.mean((2, 3), keepdim=True)
-            x = (v*x).add_((1 - v)*other).clamp_(0, 1)
+            x = (factor*x).add_((1 - factor)*other).clamp_(0, 1)
     return x
 
 # %% ../../nbs/data/35_views.ipynb #f17af78e

@@ -9,7 +9,6 @@ __all__ = ['light_policy', 'label_draw', 'descend', 'fit_classifier', 'finetune'
 import copy, dataclasses
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from ..config import require
 from ..data import DataError, Dataset, Policy, ViewMaker
@@ -81,7 +80,7 @@ def fit_classifier(encoder: nn.Module,         # maps (n, c, h, w) to (n, f); no
     for epoch in range(epochs):
         for rows in torch.randperm(len(images), generator=g).split(batch_size)[:steps]:
             x = views(images[rows].to(views.mean.device)).contiguous(memory_format=torch.channels_last)
-            loss = F.cross_entropy(net(x), labels[rows].to(x.device))
+            loss = nn.functional.cross_entropy(net(x), labels[rows].to(x.device))
             descend(optimizer, loss, FloatingPointError(f'fine-tuning: epoch {epoch + 1}: the loss is {loss.item()}; '
                                                         'a lower lr may help'))
             schedule.step()

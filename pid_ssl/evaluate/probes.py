@@ -142,11 +142,6 @@ def _checked(name, x, y):
     require(x.isfinite().all(), name, 'got features that are not finite', 'finite numbers; NaN is near to all')
     return x if x.dtype == torch.float64 else x.float(), y
 
-def _first_first(close, k):
-    # the k largest of each row, of equal ones the first
-    values, indices = close.sort(dim=1, descending=True, stable=True)
-    return values[:, :k], indices[:, :k]
-
 def knn_accuracy(train: torch.Tensor,        # (n, f) features
                  train_labels: torch.Tensor, # (n,)
                  query: torch.Tensor,        # (m, f) features
@@ -177,7 +172,8 @@ def knn_accuracy(train: torch.Tensor,        # (n, f) features
         values, indices = close.topk(min(k + (k >= 50), len(train)))
         # as records with fewer neighbours were made, those stay as `topk` puts them
         if k >= 50 and (tied := (values.diff(dim=1) == 0).any(1)).any():
-            values[tied], indices[tied] = _first_first(close[tied], values.shape[1])
+            order = close[tied].sort(dim=1, descending=True, stable=True)  # of equal ones the first
+            values[tied], indices[tied] = (v[:, :values.shape[1]] for v in order)
         values, indices = values[:, :k], indices[:, :k]
         # sums of many votes need float64 to see ranks; of few, records were made in float32
         rank = torch.arange(k, dtype=torch.float32 if k < 50 else torch.float64).expand(len(q), k)

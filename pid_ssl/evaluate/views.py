@@ -41,8 +41,8 @@ def two_view_readout(encoder: nn.Module,  # maps (n, c, h, w) to (n, f)
     h, out = {}, {}
     for s in dict.fromkeys(('train', 'val', split)):
         h1, h2 = different_views(encoder, dataset.images[s], views)
-        clean = extract_features(encoder, dataset.images[s], views)
-        h[s] = dict(view1=h1, view2=h2, pair=torch.cat([h1, h2], 1), mean=(h1 + h2)/2, clean=clean)
+        h[s] = dict(view1=h1, view2=h2, pair=torch.cat([h1, h2], 1), mean=(h1 + h2)/2,
+                    clean=extract_features(encoder, dataset.images[s], views))
     for name in h['train']:
         x = {s: v[name] for s, v in h.items()}
         linear = linear_probe(x, dataset.labels, split)
@@ -128,8 +128,9 @@ def pid_audit(embed: nn.Module,      # backbone and projector
               batch_size: int = 500, # images a forward pass
              ) -> dict:              # nats per coordinate, and mean correlations
     "Coordinate-wise Gaussian PID (MMI) of two views about the clean embedding, averaged over coordinates."
-    read = read_features(embed, images, (views, views, views.clean), views.mean.device, batch_size)
-    x1, x2, t = (standardise(z.double(), 1e-12) for z in read)
+    looks = views, views, views.clean
+    x1, x2, t = (standardise(z.double(), 1e-12)
+                 for z in read_features(embed, images, looks, views.mean.device, batch_size))
     a1, a2, c = (x1*t).mean(0), (x2*t).mean(0), (x1*x2).mean(0)
     # 1 - 1e-6: a perfectly predicted coordinate reads 6.6 nats instead of infinity
     i1, i2, i12 = scalar_information(*((1 - 1e-6)*r for r in (a1, a2, c)))

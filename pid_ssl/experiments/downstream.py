@@ -24,7 +24,7 @@ from ..evaluate.segmentation import DEFAULTS as SEGMENTATION_DEFAULTS, segmentat
 from ..evaluate.views import audit_encoder, two_view_readout
 from .experiment import Experiment, warn_unread
 from .pretrain import AUDIT_SEED
-from .sets import as_many, read_images
+from .start import as_many, read_images
 from .training import default_threads, device_class
 from ..models import build_encoder, load_encoder
 from ..records import CheckpointError, Kind, RunRecord, checkpoint_folder, load_checkpoint, other_data

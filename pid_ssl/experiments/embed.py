@@ -20,7 +20,7 @@ from ..data import DataError, ViewMaker
 from ..data.images import decode, pixels
 from ..data.sources import Stored
 from ..evaluate import extract_features
-from ..models import WEIGHTS, exported, weights_folder
+from ..models import WEIGHTS, exported
 from ..records import StopSignals, checkpoint_folder, writing
 from .training import default_threads, device_class
 
@@ -92,8 +92,7 @@ def embed(config: EmbedConfig, # what goes in, and where out
     torch.set_num_threads(config.threads or default_threads())
     require_value(bool(config.run) != bool(config.encoder), 'run', config.run,
                   'the id of a run, or encoder with the folder of an exported one')
-    source = config.encoder or checkpoint_folder(config, config.run)/'final'
-    encoder, about = exported(weights_folder(source), config.data_dir)
+    encoder, about = exported(config.encoder or checkpoint_folder(config, config.run)/'final', config.data_dir)
     images = Path(config.images).expanduser()
     require_value(config.images and images.exists(), 'images', config.images,
                   'a folder of images or Parquet files that is there, or such a file')

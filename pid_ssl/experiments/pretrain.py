@@ -18,10 +18,9 @@ from ..records import (PRETRAINING, CheckpointError, RunLocked, RunRecord, StopS
     checkpoint_folder, load_checkpoint, lock_run, other_data, other_lengths, remove_checkpoint, run_id, save_checkpoint)
 from .collapse import LOOK, below_control, collapsed, readings, spectrum, untrained_spectrum
 from .experiment import Experiment, warn_unread
-from .init import Start, start_from
 from .processes import Processes, check_processes, join_processes, leave_when_stuck
 from .resume import checkpoints, load_state, save_state
-from .sets import probe_set, training_set
+from .start import Start, probe_set, start_from, training_set
 from .training import NonFiniteLoss, Pretraining, build_embed, default_threads, device_class
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #4347f90b
@@ -210,8 +209,8 @@ def _finish(run, trained, notes):
     notes |= dict(collapse=collapsed(state.history) + end)
     run.record.provenance |= {k: v for k, v in notes.items() if v}
     weights = {'encoder': state.embed[0].state_dict(), 'projector': state.embed[1].state_dict()}
-    header = dict(config=dataclasses.asdict(run.config), epoch=run.config.epochs)
-    header |= dict(mean=data.mean.tolist(), std=data.std.tolist())
+    header = dict(config=dataclasses.asdict(run.config), epoch=run.config.epochs, mean=data.mean.tolist(),
+                  std=data.std.tolist())
     save_checkpoint(run.folder/'final', weights, header)
     record = run.experiment.close()
     for old in checkpoints(run.folder):

@@ -171,8 +171,8 @@ def _work(runs, workers, total):
                 run.process.stdin.close()  # each saves and ends
             took += [0. for run in running if run.process.wait() == 0]
     if stop.asked():
-        done = total - len(runs) + len(took)
-        raise SweepStopped(f'{done} of {total} runs are finished; the same call goes on', stop.number)
+        raise SweepStopped(f'{total - len(runs) + len(took)} of {total} runs are finished; the same call goes on',
+                           stop.number)
     if failures:
         raise SweepFailed(failures, total)
 
@@ -214,13 +214,11 @@ def make(planned: list,                 # of `Planned`
     encoders = list(dict.fromkeys(planned[i].encoder for i in todo if isinstance(planned[i], Measurement)))
     ids = {None: None}
     if encoders:
-        made = make(_encoders(encoders), workers, name, notebooks)
-        ids |= {encoder: record.run_id for encoder, record in zip(encoders, made)}
+        ids |= zip(encoders, [r.run_id for r in make(_encoders(encoders), workers, name, notebooks)])
         todo = [i for i in todo if planned[i].config not in ids]
-    folder, called, jobs = home/'data'/'sweeps'/name, labels(planned), []
-    for i in todo:
-        ready = planned[i].at(run=ids[getattr(planned[i], 'encoder', None)])
-        jobs.append(_run_of(ready, called[i], folder, notebook))
+    folder, called = home/'data'/'sweeps'/name, labels(planned)
+    ready = {i: planned[i].at(run=ids[getattr(planned[i], 'encoder', None)]) for i in todo}
+    jobs = [_run_of(p, called[i], folder, notebook) for i, p in ready.items()]
     more = f', {len(todo)} to make, {workers} at a time; logs in {folder}' if todo else ''
     print(f'{name}: {len(planned)} runs, {len(planned) - len(todo)} finished{more}', flush=True)
     for part in folder.glob('*.part-*.ipynb'):

@@ -55,7 +55,8 @@ def plot_audit(*audits: Audit | dict, # of the same targets, one or more, or the
         shift = (j + 0.5)/many*0.8 - 0.4
         _bars(left, found, letter, np.arange(len(targets)) + shift, 0.7/many)
         _invariance(right, found, letter, np.arange(len(parts)) + shift)
-    for ax, names in ((left, [f'{k} ({v:.1f})' for k, v in records[0]['possible'].items()]), (right, parts)):
+    kinds = [f'{k} ({v:.1f})' if v else k for k, v in records[0]['possible'].items()]
+    for ax, names in ((left, kinds), (right, parts)):
         ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
     asked = {'relation': 'relation of two views', 'own': 'parameters of view 1', 'all': 'parameters and relation'}
     left.set(xlabel='bits that are told, of those in brackets', xlim=(0, None),
@@ -81,7 +82,8 @@ def pair_table(record: dict, # of a comparison
               ):             # pandas DataFrame of text
     "Redundancy and synergy in bits about each target: the first encoder, the other, how much more the other tells."
     for target, found in record['bits'].items():
-        row = {'about': target, 'bits there are': f"{record['possible'][target]:.2f}"}
+        there_are = record['possible'][target]
+        row = {'about': target, 'bits there are': f'{there_are:.2f}' if there_are else 'no end'}
         for sign in 'RS':
             row |= {f"{sign}, {_called(f)}": f"{f['bits'][target][sign][0]:.2f}" for f in record['of']}
             row |= {f'{sign}, difference': '{:+.2f} ({:+.2f} to {:+.2f})'.format(*found[sign])}

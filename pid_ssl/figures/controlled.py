@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'PROBES', 'CONTROLS', 'TITLES', 'ASKED', 'MARKS', 'reported', 'measures', 'published_trifeature',
            'trifeature_table', 'audit_table', 'paired_table', 'plot_trifeature', 'trifeature_caption', 'probes_caption',
-           'audit_caption', 'plot_calibration', 'calibration_table', 'calibration_caption']
+           'audit_caption', 'plot_calibration', 'calibration_table', 'calibration_caption', 'coverage_table']
 
 # %% ../../nbs/figures/83_controlled.ipynb #ec858e54
 import itertools
@@ -221,3 +221,16 @@ def calibration_caption(record: dict, # pid_error
     seeds = len({r['seed'] for r in record['rows']})
     return (f"Gaussian views, every coordinate with correlation {record['corr']:g} to the target, independent given "
             f'it; {seeds} seeds; {measured(record)}')
+
+# %% ../../nbs/figures/83_controlled.ipynb #5e9bcf2e
+@tabled
+def coverage_table(record: dict, # pid_intervals
+                  ):             # pandas DataFrame of text
+    "Of each estimator on known distributions: mean errors, and the share of intervals that hold the truth."
+    for r in sorted(record['rows'], key=lambda r: (r['estimator'], r['distribution'], r['d'], r['n'])):
+        error, worst = r['mean_error'], min(r['covered'], key=r['covered'].get)
+        held = {k: f"{100*v/r['draws']:.1f}" for k, v in r['covered'].items()}
+        yield {'estimator': r['estimator'], 'distribution': r['distribution'], 'd': str(r['d'] or 'labels'),
+               'n': f"{r['n']:,}", 'draws': str(r['draws']), 'error of R, bits': f"{error['redundancy']:+.3f}",
+               'of S': f"{error['synergy']:+.3f}", 'R covered (%)': held['redundancy'], 'S (%)': held['synergy'],
+               'I12 (%)': held['joint'], 'worst of all (%)': f'{held[worst]} ({worst})', 's a draw': f"{r['s']:.2f}"}

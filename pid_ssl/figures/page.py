@@ -15,8 +15,7 @@ from ..data import ViewMaker
 from ..evaluate import extract_features, knn_accuracy
 from . import plot_run, plotting
 from ..experiments.collapse import collapsed
-from ..experiments.init import start_from
-from ..experiments.sets import training_set
+from ..experiments.start import start_from, training_set
 
 # %% ../../nbs/figures/88_page.ipynb #b80a0006
 class Watch:

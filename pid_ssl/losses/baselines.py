@@ -22,6 +22,45 @@ def barlow_sums(c12: torch.Tensor, # (d, d) cross-correlation of the views
     on = (1 - c).square().sum()
     return on + weight*off, dict(invariance=on, feature_redundancy=off, c=c.mean())
 
+# %% ../../nbs/losses/52_baselines.ipynb #5b0c1e02
+def _standardised(z, eps=1e-5):
+    # `standardise` in one buffer, and the mean and scale that its gradient needs
+    mean = z.mean(0)
+    x = z - mean
+    scale = x.square_().mean(0).add_(eps).rsqrt_()
+    return torch.sub(z, mean, out=x).mul_(scale), mean, scale
+
+def _before(g, z, mean, scale, centred, products):
+    # the gradient g of standardised values, in place, becomes that of z; two buffers are given
+    torch.sub(z, mean, out=centred)
+    slope = torch.mul(g, centred, out=products).sum(0).mul_(scale.pow(3)).div_(-len(z))
+    g.mul_(scale).add_(centred.mul_(slope))
+    return g.sub_(g.sum(0).div_(len(z)))
+
+class _Equation1(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z1, z2, weight):
+        (x, *by1), (y, *by2) = _standardised(z1), _standardised(z2)
+        c12 = (x.T @ y).div_(len(x))
+        loss, terms = barlow_sums(c12, weight)
+        ctx.save_for_backward(z1, z2, x, y, c12, *by1, *by2)
+        ctx.weight = weight
+        ctx.mark_non_differentiable(*terms.values())
+        return loss, *terms.values()
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        z1, z2, x, y, c12, *by = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants the gradient of the gradient
+            loss, _ = barlow_sums(cross_correlation(standardise(z1), standardise(z2)), ctx.weight)
+            return *torch.autograd.grad(loss, (z1, z2), g, create_graph=True), None
+        g12 = c12*(2*ctx.weight*g)
+        g12.diagonal().copy_((1 - c12.diagonal()).mul_(-2*g))
+        g12.div_(len(x))
+        buffers = torch.empty((2, *x.shape), dtype=x.dtype, device=x.device)
+        return _before(y @ g12.T, z1, *by[:2], *buffers), _before(x @ g12, z2, *by[2:], *buffers), None
+
+# %% ../../nbs/losses/52_baselines.ipynb #5b0c1e03
 class BarlowTwins(SSLLoss):
     "Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230), equation 1."
     def __init__(self,
@@ -30,7 +69,9 @@ class BarlowTwins(SSLLoss):
         super().__init__(lambda_param=lambda_param)
 
     def compute(self, z1, z2):
-        return barlow_sums(cross_correlation(standardise(z1), standardise(z2)), self.lambda_param)
+        # barlow_sums(cross_correlation(standardise(z1), standardise(z2)), lambda_param)
+        loss, *terms = _Equation1.apply(z1, z2, self.lambda_param)
+        return loss, dict(zip(('invariance', 'feature_redundancy', 'c'), terms))
 
     def compute_peers(self, *z):
         # the mean of C over ordered pairs of different views: all pairs less those of a view with itself

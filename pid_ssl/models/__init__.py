@@ -196,8 +196,8 @@ def exported(folder: str | Path,          # checkpoint of a run, or a copy, or a
     header = load_checkpoint(weights_folder(folder))[1]
     first = next(p for p in encoder.parameters() if p.ndim == 4)
     if 'mean' not in header:
-        names = 'dataset', 'image_size', 'train_size'
-        data = load_dataset(*map(config.get, names), data_dir, labels=config.get('labels') or 'auto')
+        data = load_dataset(*map(config.get, ('dataset', 'image_size', 'train_size')), data_dir,
+                            labels=config.get('labels') or 'auto')
         header |= dict(mean=data.mean.tolist(), std=data.std.tolist())
     return encoder, dict(encoder=config['encoder'], image_size=config['image_size'], channels=first.shape[1],
                          mean=header['mean'], std=header['std'], sha256=header['sha256']['encoder.safetensors'])

@@ -129,9 +129,9 @@ class NotebookFailed(RuntimeError):
 
 def _execute(nb, path):
     client = _needs('nbclient')
-    where = {'metadata': {'path': str(path.parent)}}
     try:
-        client.NotebookClient(nb, timeout=None, kernel_name='python3', resources=where).execute()
+        client.NotebookClient(nb, timeout=None, kernel_name='python3',
+                              resources={'metadata': {'path': str(path.parent)}}).execute()
     except client.exceptions.CellExecutionError as e:
         raise NotebookFailed(f'{path}: {e.ename}: {e.evalue}') from None
 
@@ -260,6 +260,6 @@ def command(argv: list | None = None, # default the process's arguments
     page = build_report(**read_options(argv, 'pid_ssl report', about, {
         'folder': dict(nargs='?', help='where it goes; default data/report'),
         '--no-execute': dict(dest='execute', action='store_false', help='show the notebooks as they are stored')}))
-    install = 'pip install playwright && playwright install chromium'
     print(page)
-    print(print_pdf(page, page.with_suffix('.pdf')) or f'no PDF: no Chromium or Chrome found ({install})')
+    print(print_pdf(page, page.with_suffix('.pdf')) or 'no PDF: no Chromium or Chrome found (pip install playwright && '
+          'playwright install chromium)')

@@ -101,17 +101,18 @@ def fit_infonce(
     lr: float = 2e-3,  # of Adam, with cosine decay
     weight_decay: float = 1e-4,  # decoupled
     seed: int = 0,  # of the split, the weights and the batches
+    share: float = 1.0,  # of the training samples and of the steps that are used
 ) -> InfoNCEFit:
     "Train critics on one half of the samples and evaluate them on the other"
     z1, z2, t = (x.detach().float() for x in check_samples(("z1", "z2", "t"), z1, z2, t))
-    n = len(z1)
+    n, steps = len(z1), round(share * steps)
     check_count("an integer of at least 1", 1, steps=steps)
     check_count("an integer of at least 2", 2, batch=batch, eval_batch=eval_batch)
     if n < 40:
         raise ValueError(f"n={n} samples: training, stopping and held-out evaluation of critics need at least 40")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator)
-    fit, stop, held = order[: n * 2 // 5], order[n * 2 // 5 : n // 2], order[n // 2 :]
+    fit, stop, held = order[: round(share * (n * 2 // 5))], order[n * 2 // 5 : n // 2], order[n // 2 :]
     data, device = [_standardised(x, fit) for x in (z1, z2, t)], z1.device
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)

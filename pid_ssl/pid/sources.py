@@ -68,7 +68,7 @@ def each_gaussian(
 def each_samples(
     views: Sequence[Tensor],  # V times `(n, d)`, or V times integer labels `(n,)`
     t: Tensor,  # `(n, dt)`, or integer labels `(n,)`
-    estimator: str = "gaussian",  # gaussian, quantised, infonce
+    estimator: str = "gaussian",  # gaussian, quantised, infonce, heads
     **options,  # of `pid_samples`
 ) -> PID:
     "Each source against the rest, atoms `(V,)`; `interval` and `info` are lists with an entry a source"

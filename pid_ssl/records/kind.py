@@ -7,24 +7,20 @@ __all__ = ['PRETRAINING', 'runs_folder', 'find_record', 'load_records', 'home_fo
            'other_data', 'other_lengths']
 
 # %% ../../nbs/records/27_kind.ipynb #220d23d7
-import atexit, contextlib, dataclasses, functools, json, os, re, shutil, tempfile
+import contextlib, dataclasses, functools, json, os, re, tempfile
 from pathlib import Path
 from ..config import Config, ConfigError, from_dict, identity, project_root, reads, require_value, told
 from .record import RunRecord, load_record
 
 # %% ../../nbs/records/27_kind.ipynb #f0a0177b
-@functools.cache
-def _test_home():
-    folder = Path(tempfile.mkdtemp(prefix='pid_ssl-test-'))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+_test_home = functools.cache(functools.partial(tempfile.TemporaryDirectory, prefix='pid_ssl-test-'))
 
 def home_folder(config: Config | None = None, # whose `home` counts, if given
                ) -> Path:                     # the folder that holds data/runs and data/checkpoints
     "The config's `home`, a temporary folder under `IN_TEST`, else the project's root."
     if config is not None and config.home:
         return Path(config.home).expanduser().resolve()
-    return _test_home() if os.environ.get('IN_TEST') else project_root()
+    return Path(_test_home().name) if os.environ.get('IN_TEST') else project_root()
 
 def checkpoint_folder(config: Config, # whose `home` counts
                       run_id: str,    # 16 hexadecimal digits
@@ -89,8 +85,8 @@ class Kind:
              **where,                          # fields and their values; a tuple means any of them
             ) -> list:                         # of `RunRecord`, in the order of their ids
         "All finished records whose settings match `where`; `encoder_loss` and the like are those of the encoder."
-        paths = sorted(Path(folder or project_root()/'data'/self.name).glob('*.json'))
-        records = [load_record(p, self.parse) for p in paths]
+        folder = Path(folder or project_root()/'data'/self.name)
+        records = [load_record(p, self.parse) for p in sorted(folder.glob('*.json'))]
         return [r for r in records if r.status == 'finished' and matches(r, where)]
 
 # %% ../../nbs/records/27_kind.ipynb #63025ba1
@@ -98,8 +94,7 @@ def matches(record: RunRecord, # of any kind
             where: dict,       # field -> value; a tuple means any of its values; encoder_ before a field of the encoder
            ) -> bool:
     "Whether a record has these settings."
-    encoder = {f'encoder_{k}': v for k, v in record.provenance.get('encoder', {}).items()}
-    found = encoder | record.config
+    found = {f'encoder_{k}': v for k, v in record.provenance.get('encoder', {}).items()} | record.config
     return all(found.get(k) in (v if isinstance(v, tuple) else (v,)) for k, v in where.items())
 
 PRETRAINING = Kind(Config, 'loss', 'runs')

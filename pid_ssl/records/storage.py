@@ -165,5 +165,5 @@ def load_checkpoint(folder: str | Path,  # as `save_checkpoint` wrote it
     age = 'a newer' if header['format'] > CHECKPOINT_FORMAT else 'an older'
     require(header['format'] == CHECKPOINT_FORMAT, at,
             f"format {header['format']}, written by {age} version of this package", CHECKPOINT_FORMAT, CheckpointError)
-    sums = header['sha256'].items()
-    return {name.removesuffix('.safetensors'): _tensors(folder, name, want) for name, want in sums}, header
+    return {name.removesuffix('.safetensors'): _tensors(folder, name, want)
+            for name, want in header['sha256'].items()}, header

@@ -77,6 +77,14 @@ def test_colour_is_told_by_an_encoder_that_keeps_it(coloured):
     assert loses.invariance["saturation"][0] > keeps.invariance["saturation"][0]
 
 
+def test_both_views_tell_the_image_and_less_of_it_without_colour(coloured):
+    keeps, loses = (pid_ssl.audit(Colour(gray), coloured, policy=Policy(flip=0.5), **FEW) for gray in (False, True))
+    more, less = (found.bits()["image"] for found in (keeps, loses))
+    assert more["R"][1] > less["R"][2] + 1 and less["R"][1] > 0.5, (more, less)
+    assert max(more[k][0] for k in ("S", "U1", "U2")) < more["R"][0] / 4, "mirror images have the same colours"
+    assert keeps.possible["image"] is None and pid_ssl.compare(keeps, loses).bits()["image"]["R"][2] < -1
+
+
 def trained(policy, images, steps):
     """A small net after some steps of Barlow Twins; 0 for the untrained one."""
     torch.manual_seed(0)
@@ -127,7 +135,7 @@ def test_any_module_goes_through_and_stays_as_it_was(coloured):
 @pytest.mark.parametrize("tells, names", [("own", {"flip"}), ("all", {"view1_flip", "view2_flip", "flip"})])
 def test_own_parameters_are_asked_for(handed, tells, names):
     found = pid_ssl.audit(Pixels(), handed[:90], policy=Policy(flip=0.5), tells=tells, pairs=100, replicates=20)
-    assert set(found.possible) == names
+    assert set(found.possible) == names | {"image"}
 
 
 def test_one_channel_goes_through_a_net_of_three(handed):

@@ -265,7 +265,7 @@ def test_relation_of_peers_does_not_depend_on_how_rows_are_shared():
     z, h = torch.randn(2, 3, 8, 4)
     rho = {k: torch.randn(3, 8) for k in loss.relation.pair.columns}
     seen = []
-    loss.relation.forward = lambda h1, h2, rho: seen.append((h1, h2)) or h1.sum() * 0
+    loss.relation.forward = lambda h1, h2, rho, strength: seen.append((h1, h2)) or h1.sum() * 0
     loss(z, h, rho)
     ((h1, h2),) = seen
     assert torch.equal(h1[:3], h[:, 0]) and torch.equal(h2[:3], h[[1, 2, 0], 0])

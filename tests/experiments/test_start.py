@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from pid_ssl.config import Config, ConfigError, identity, resolve
 from pid_ssl.data import load_dataset
-from pid_ssl.experiments.init import start_from
+from pid_ssl.experiments.start import start_from
 from pid_ssl.experiments.pretrain import pretrain
 from pid_ssl.experiments.training import Pretraining, build_embed
 from pid_ssl.models import load_encoder
