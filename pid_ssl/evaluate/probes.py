@@ -164,20 +164,20 @@ def knn_accuracy(train: torch.Tensor,        # (n, f) features
     # cdist works with products in float32: features far from the origin would lose the digits that make them differ
     elif (centre := train.mean(0)).norm() > 10*(train - centre).norm(dim=1).mean():
         train, query = train - centre, query - centre
-    right = 0
+    right, cosine = 0, metric == 'cosine'
     step = min(1000, max(1, 50_000_000//len(train)))  # distances of that many queries, 200 MB at most
     for q, y in zip(query.split(step), query_labels.split(step)):
         # nearest first: of tied classes the one with the smaller sum of ranks has the larger weight
-        close = q @ train.T if metric == 'cosine' else -torch.cdist(q, train)
-        values, indices = close.topk(min(k + (k >= 50), len(train)))
+        close = q @ train.T if cosine else torch.cdist(q, train)
+        values, indices = close.topk(min(k + (k >= 50), len(train)), largest=cosine)
         # as records with fewer neighbours were made, those stay as `topk` puts them
         if k >= 50 and (tied := (values.diff(dim=1) == 0).any(1)).any():
-            order = close[tied].sort(dim=1, descending=True, stable=True)  # of equal ones the first
+            order = close[tied].sort(dim=1, descending=cosine, stable=True)  # of equal ones the first
             values[tied], indices[tied] = (v[:, :values.shape[1]] for v in order)
         values, indices = values[:, :k], indices[:, :k]
         # sums of many votes need float64 to see ranks; of few, records were made in float32
         rank = torch.arange(k, dtype=torch.float32 if k < 50 else torch.float64).expand(len(q), k)
-        weight = (values/temperature).exp() if metric == 'cosine' else 1 - min(1e-6, 1/k**2)*rank
+        weight = (values/temperature).exp() if cosine else 1 - min(1e-6, 1/k**2)*rank
         votes = weight.new_zeros(len(q), classes).scatter_add_(1, train_labels[indices], weight)
         right += (votes.argmax(1) == y).sum().item()
     return 100*right/len(query)

@@ -59,8 +59,7 @@ class Registration:
     note: str = '' # what else a reader has to know
 
     def __post_init__(self):
-        lost = [a for pair in self.compare for a in pair if a not in self.arms]
-        if lost or not all(len(pair) == 2 for pair in self.compare):
+        if not all(len(pair) == 2 and set(pair) <= set(self.arms) for pair in self.compare):
             raise ConfigError(f'{self.name}.compare', self.compare, f"pairs of arms: {', '.join(self.arms)}")
         for key in ('compare', 'primary', 'seeds'):
             if not getattr(self, key):

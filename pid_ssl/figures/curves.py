@@ -60,8 +60,8 @@ def plot_weight(records: list, # of pid that differ in w_s, and of Barlow Twins
     at = data.w_s.where(data.loss == 'pid', 0.).map(places)
     fig, ax = panels(1, 1, 2.4, width=1.3)
     for i, key in enumerate(ACCURACIES):
-        name = METRICS[key].label + ('\n' if key == ACCURACIES[-1] else '')  # its end stands on another
-        plot_means(ax, at, data[key], name, f'C{i}', gap=0.1)
+        above = '\n' if key == ACCURACIES[-1] else ''  # its end stands on another
+        plot_means(ax, at, data[key], METRICS[key].label + above, f'C{i}', gap=0.1)
     ax.set(xlabel='weight of the relation $w_s$', ylabel='accuracy (%)', xticks=range(len(places)),
            xticklabels=[f'{w:g}' for w in places])
     return fig
@@ -112,9 +112,8 @@ def _paired(dataset, pair, lengths):
         return
     a, b = a.loc[seeds], b.loc[seeds]
     passes = a.image_passes.mean(), b.image_passes.mean()
-    equal = 'equal epochs' if epochs == length else 'neither'
-    if abs(passes[0]/passes[1] - 1) < 0.02:
-        equal = 'equal passes'
+    equal = ('equal passes' if abs(passes[0]/passes[1] - 1) < 0.02 else
+             'equal epochs' if epochs == length else 'neither')
     for key in ACCURACIES:
         yield dict(dataset=dataset, pair=pair, at=equal, passes=passes, metric=METRICS[key].label,
                    differences=a[key] - b[key], runs=[*a.run_id, *b.run_id])
@@ -140,8 +139,7 @@ def plot_headline(records: list, # as for `paired_rows`
     pairs = [p for p in PAIRS if any(r['pair'] == p for r in found)]
     datasets = list(dict.fromkeys(r['dataset'] for r in found))
     seeds = {d: listed({len(r['differences']) for r in found if r['dataset'] == d}, ' or ') for d in datasets}
-    height = 0.9 + 0.16*len(names)*len(datasets)
-    fig, axes = panels(1, len(pairs), height, sharex=True, sharey=True, squeeze=False)
+    fig, axes = panels(1, len(pairs), 0.9 + 0.16*len(names)*len(datasets), sharex=True, sharey=True, squeeze=False)
     for ax, pair in zip(axes[0], pairs):
         for r in [r for r in found if r['pair'] == pair]:
             i, d = datasets.index(r['dataset']), r['differences']

@@ -150,8 +150,8 @@ def downstream_caption(records: list, # of one figure
     for key, words in (('epochs', ' for {} epochs'), ('train_size', ', {} images'), ('image_size', ' at {} px')):
         numbers = ' or '.join(f'{n:,}' for n in sorted({a[key] for a in about if a.get(key)}))
         text += words.format(numbers) if numbers else ''
-    few = any(r.config['task'] == 'low_label' for r in records)
-    chosen = "; the linear probe's C is chosen on all validation labels" if few else ''
+    tasks = {r.config['task'] for r in records}
+    chosen = "; the linear probe's C is chosen on all validation labels" if 'low_label' in tasks else ''
     data, device = (listed(r.provenance[k] for r in records) for k in ('dataset_note', 'device_name'))
     split = listed((r.config['eval_on'] for r in records), ' and ')
     return f'{text}; data: {data}; {split} split{chosen}; number of encoders (seeds) in brackets; {device}.'

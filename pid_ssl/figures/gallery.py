@@ -88,9 +88,10 @@ def write_picture(folder: Path, # figures/
                   stamp: str,   # what it was made from
                  ) -> list:     # of names of files
     "PNG and PDF, with caption and stamp in their metadata."
-    undated = {'CreationDate': None, 'Producer': None, 'Creator': None}
+
     fig.savefig(folder/f'{name}.png', metadata={'Description': f'{text} {stamp}', 'Software': None})
-    fig.savefig(folder/'files'/f'{name}.pdf', metadata={'Subject': f'{text} {stamp}', **undated})
+    fig.savefig(folder/'files'/f'{name}.pdf', metadata={'Subject': f'{text} {stamp}', 'CreationDate': None,
+                                                        'Producer': None, 'Creator': None})
     plotting()[0].close(fig)
     return [f'{name}.png', f'files/{name}.pdf']
 

@@ -125,7 +125,7 @@ def records_page(data: str | Path, # folder with runs, downstream, controlled
     read = lambda name: [json.loads(p.read_text()) for p in sorted((data/name).glob('*.json'))]
     settings = [r.config | {'form': value_of(from_dict(r.config), 'form') if r.config['loss'] in PID_LOSSES else '',
                             'setting': digest(without_seed(r))} for r in load_records(data/'runs')]
-    measured = [r['config'] | {'pretrained on': 'nothing'} | _encoder(r) for r in read('downstream')]
+    measured = [r['config'] | _encoder(r) for r in read('downstream')]
     others = '*.csv', '*.toml', 'benchmarks/*.json', 'weights/*/*'
     files = [p for pattern in others for p in sorted(data.glob(pattern))]
     counted = lambda v: ', '.join(f'{k} ({n})' for k, n in v.value_counts(sort=False).sort_index().items())
@@ -154,8 +154,7 @@ In [`controlled`](controlled), by `pid_ssl controlled`."""
 
 def _encoder(record):
     about = record['provenance']['encoder']
-    trained = {'pretrained on': about['dataset']} if 'dataset' in about else {}
-    return trained | {'encoder': about.get('loss', record['config']['weights'])}
+    return {'pretrained on': about.get('dataset', 'nothing'), 'encoder': about.get('loss', record['config']['weights'])}
 
 def _index(rows, by, **counted):
     "Rows of one group together; what is counted is made from a column by a function."

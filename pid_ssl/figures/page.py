@@ -29,11 +29,10 @@ class Watch:
         self.probe, self.place, self.drawn = {}, None, 0.
         data, self.config = training_set(c, config)
         self.views = ViewMaker(c.policy, data.mean, data.std, c.seed)
-        self.images, self.labels = {}, {}
-        for split, images in data.images.items():
-            rows = torch.linspace(0, len(images) - 1, min(most, len(images))).long()  # from one end to the other
-            self.images[split] = images[rows]
-            self.labels |= {split: data.labels[split][rows]} if split in data.labels else {}
+        # from one end to the other
+        rows = {k: torch.linspace(0, len(x) - 1, min(most, len(x))).long() for k, x in data.images.items()}
+        self.images = {k: data.images[k][i] for k, i in rows.items()}
+        self.labels = {k: data.labels[k][i] for k, i in rows.items() if k in data.labels}
         self.epochs = {1, *range(0, c.epochs + 1, max(1, c.epochs//8)), c.epochs}
 
     def __call__(self,

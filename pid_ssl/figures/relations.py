@@ -29,8 +29,8 @@ def plot_plane(records: list, # of one dataset; one setting a loss
     for ax, name in zip(axes, LEVELS):
         _contours(ax, name, low, high)
         for row, number, at in paths:
-            style = (0, (4, 1.5)) if row.baseline else '-'
-            ax.plot(*at, ls=style, color=row.colour, lw=1.3, label=f'{row.title} ({number})')
+            ax.plot(*at, ls=(0, (4, 1.5)) if row.baseline else '-', color=row.colour, lw=1.3,
+                    label=f'{row.title} ({number})')
             ax.plot(*at[:, 0], 'o', ms=4, mfc='w', mec=row.colour, mew=1, zorder=3)
             ax.plot(*at[:, -1], 'o', ms=4.5, mfc=row.colour, mec='w', mew=0.5, zorder=4)
         ax.set(xlabel='a, view and target', xlim=(low[0], high[0]), ylim=(low[1], high[1]))
@@ -44,8 +44,8 @@ def _contours(ax, name, low, high):
     x, y = (np.linspace(*ends, 300) for ends in zip(low, high))
     a, c = np.meshgrid(x, y)
     (levels, meets), atom = LEVELS[name], scalar_atoms(a, c)[list(LEVELS).index(name)]
-    places = {v: meets(v) for v in levels}
-    labelled = {v: m for v, m in places.items() if low[0] < m < high[0] - 0.06 and low[1] + 0.04 < m*m < high[1]}
+    labelled = {v: m for v, m in zip(levels, map(meets, levels))
+                if low[0] < m < high[0] - 0.06 and low[1] + 0.04 < m*m < high[1]}
     if labelled:
         reached = (c >= a*a) & (a < 1) & (c < 1)
         ax.contour(a, c, np.where(reached, atom, np.nan), list(labelled), colors='0.7', linewidths=0.7)
@@ -108,11 +108,10 @@ def plot_relation(records: list, # of one dataset, preset and split
             shorter = solid.epochs < means.epochs.max()
             for mark, size, part in (('o', 6, solid[~shorter]), ('s', 5, solid[shorter])):
                 ax.plot(part[atom], part.linear_logreg, mark, ms=size, mew=0.6, mec='w', color=row.colour, zorder=3)
-        lines = ['rank correlation']
-        form = '{} ({}): {:+.2f} [{:+.2f}, {:+.2f}]'.format
-        lines += [form(name, len(f), *spearman_interval(f[atom], f.linear_logreg))
-                  for name, f in families(means).items()]
-        ax.annotate('\n'.join(lines), (0.98, 0.02), xycoords='axes fraction', ha='right', va='bottom', fontsize=6.5)
+        lines = ['{} ({}): {:+.2f} [{:+.2f}, {:+.2f}]'.format(k, len(f), *spearman_interval(f[atom], f.linear_logreg))
+                 for k, f in families(means).items()]
+        ax.annotate('\n'.join(['rank correlation', *lines]), (0.98, 0.02), xycoords='axes fraction', ha='right',
+                    va='bottom', fontsize=6.5)
         ax.set(xlabel=f'{atom} (nats per coordinate)')
     axes[0].set_ylabel('linear accuracy (%)')
     for row, _, _ in groups:  # for the legend alone

@@ -15,8 +15,7 @@ from ..records import RunRecord
 def plot_run(record: RunRecord, # its config and history
             ):                  # matplotlib Figure
     "Objective and its terms, and the PID of held-out views, over the epochs of a run."
-    fig, axes = panels(1, 3, 2.3, width=2.9)
-    left, middle, right = axes
+    fig, (left, middle, right) = panels(1, 3, 2.3, width=2.9)
     h = plotting()[2].DataFrame(record.history).set_index('epoch')
     left.plot(h.loss, color='k')
     left.set_ylabel(f"{LOSS_TABLE[record.config['loss']].title} loss")
@@ -29,7 +28,7 @@ def plot_run(record: RunRecord, # its config and history
         right.plot(h[f'{TRACE}_{atom}'], style, label=METRICS[f'pid_coordinate_{atom}'].title)
     right.set_ylabel('nats per coordinate')
     right.legend(frameon=False)
-    for ax in axes:
+    for ax in fig.axes:
         ax.set_xlabel('epoch')
         ax.xaxis.get_major_locator().set_params(integer=True)
     return fig

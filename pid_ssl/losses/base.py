@@ -7,7 +7,7 @@ __all__ = ['standardise', 'cross_correlation', 'scale_gradient', 'off_diagonal',
            'check_integer', 'SSLLoss']
 
 # %% ../../nbs/losses/51_base.ipynb #5ea7ba10
-import itertools
+import contextlib, itertools
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -116,6 +116,9 @@ def _gathered(t):
 
 def _check_inputs(loss, views, targets):
     z1, name = views[0], type(loss).__name__
+    alone = len(views) == 2 and not loss.needs_target and all(t is None for t in targets.values())
+    if alone and z1.ndim == 2 and len(z1) > 1 and z1.shape == getattr(views[1], 'shape', None):
+        return  # words are for what is wrong
     shapes = [None if z is None else tuple(z.shape) for z in views]
     require(z1.ndim == 2 and len(set(shapes)) == 1, 'z1, z2', f"got shapes {' and '.join(map(str, shapes))}",
             'the same (n, d) twice')
@@ -168,7 +171,8 @@ class SSLLoss(nn.Module):
         "The loss over the batch of all processes; raises `ValueError` on wrong shapes and on a missing target."
         z1, z2, *more = z1 if z2 is None and len(z1) > 1 else (z1, z2)
         _check_inputs(self, (z1, z2, *more), dict(target=target, target2=target2))
-        with torch.autocast(z1.device.type, enabled=False):
+        kind = z1.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
             given = (target, target2) if self.needs_target else ()
             targets = [None if t is None else _gathered(t.detach()) for t in given]
             compute = self.compute_peers if more else self.compute
