@@ -98,10 +98,13 @@ def downstream_table(records: list, # of `downstream`
     "Mean ± standard deviation over encoders of different seeds, and their number."
     data = measures(records)
     shown = [m for m in METHODS if m in set(data.method)]
-    for (trained, measure), d in data.groupby(['trained', 'measure'], sort=False):
+    for of, d in _by_measure(data):
         cells = {m: spread(v) + (f' ({len(v)})' if m != 'pixels' else '') for m, v in d.groupby('method').value}
-        yield {'trained on': SHORT.get(trained, trained), 'measure': measure,
-               **{METHODS[m]: cells.get(m, '') for m in shown}}
+        yield of | {METHODS[m]: cells.get(m, '') for m in shown}
+
+def _by_measure(data):
+    for (trained, measure), d in data.groupby(['trained', 'measure'], sort=False):
+        yield {'trained on': SHORT.get(trained, trained), 'measure': measure}, d
 
 def paired_difference(ours: object,     # pandas Series of one measure, by seed
                       baseline: object, # the same of another method
@@ -120,11 +123,10 @@ def difference_table(records: list, # of `downstream`
     data = measures(records)
     there = [m for m in LOSS_TABLE if m in set(data.method)]
     pairs = [(m, 'untrained') for m in there] + [p for p in PAIRS if set(p) <= set(there)]
-    for (trained, measure), d in data.groupby(['trained', 'measure'], sort=False):
+    for of, d in _by_measure(data):
         by = {m: g.set_index('seed').value for m, g in d.groupby('method')}
-        yield {'trained on': SHORT.get(trained, trained), 'measure': measure,
-               **{f'{METHODS[a]} - {METHODS[b]}': paired_difference(by[a], by[b]) if {a, b} <= set(by) else ''
-                  for a, b in pairs}}
+        yield of | {f'{METHODS[a]} - {METHODS[b]}': paired_difference(by[a], by[b]) if {a, b} <= set(by) else ''
+                    for a, b in pairs}
 
 # %% ../../nbs/figures/85_downstream.ipynb #8b4a2b45
 def plot_downstream(records: list, # of `downstream`, encoders trained on one dataset

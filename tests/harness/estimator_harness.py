@@ -6,6 +6,7 @@ Rows that have fewer draws are gone on with; heads of many draws are trained at 
 """
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -103,7 +104,7 @@ def cases():
     for name, make in GAUSSIAN.items():
         for d, n in ((1, 250), (4, 1000), (16, 4000)):
             yield "gaussian, bias-corrected", dict(estimator="gaussian", bias_correct=True), name, d, make(d), n
-        for d, n in ((1, 250), (4, 1000), (16, 4000)):
+        for d, n in ((1, 250), (4, 1000), (16, 8000)):
             yield "gaussian", dict(estimator="gaussian"), name, d, make(d), n
         for d, n in ((1, 250), (4, 1000), (16, 16_000)):
             yield "coordinate", dict(estimator="coordinate"), name, d, make(d), n
@@ -133,7 +134,7 @@ def by_heads(draw, n, seeds):
     for nats, fewer, seed in zip(full, less, seeds):
         result, run, to_come = _told(nats, 2, lambda: fewer)
         read = lambda i: named(run(i))
-        interval = confidence_interval(read, len(nats), "jackknife", seed=seed, to_come=to_come())
+        interval = confidence_interval(read, len(nats), "jackknife", seed=seed, to_come=to_come(), minima=1)
         yield result._replace(interval=interval)
 
 
@@ -180,7 +181,9 @@ def main(draws=200, only=(), together=20):
             kept["rows"] = [r for r in kept["rows"] if not mine(r)] + [row]
             kept["provenance"] = {"device": "cpu", "threads": 1, "date": time.strftime("%Y-%m-%d"),
                                   "versions": {"torch": torch.__version__.split("+")[0]}}
-            RECORD.write_text(json.dumps(kept, indent=1) + "\n")
+            beside = RECORD.with_suffix(f".{os.getpid()}")  # whole or not at all
+            beside.write_text(json.dumps(kept, indent=1) + "\n")
+            beside.replace(RECORD)
             short = {k: f"{row['mean_error'][k]:+.3f} {row['covered'][k] / row['draws']:.0%}" for k in KNOWN}
             print(way, name, f"d={d} n={n} {row['draws']} draws, {row['s']:.2f} s", short, flush=True)
 
