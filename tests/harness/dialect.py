@@ -52,8 +52,11 @@ def cells(path):
     if path.suffix == ".py":
         yield str(path), path.read_text(), False
         return
-    number = 0
-    for cell in json.loads(path.read_text())["cells"]:
+    number, found = 0, json.loads(path.read_text())["cells"]
+    summary = re.search(r"(?m)^> (.*)$", "".join(found[0]["source"]))
+    if summary and any("default_exp" in line for cell in found for line in cell["source"][:1]):
+        yield f"{path} summary", f'"""{summary[1]}"""', False  # a room's is its module's docstring
+    for cell in found:
         if cell["cell_type"] == "code":
             number += 1
             code = "".join(cell["source"])
