@@ -20,8 +20,8 @@ class _Run(Checked):
     dataset: str = setting('digits', 'digits, cifar10, cifar100, stl10, tiny_imagenet, imagenette, svhn, gtsrb, '
                            'or the name of a Parquet file or folder or of an image folder, with or without labels',
                            pattern=_NAME)
-    preset: str = setting('auto', 'sizes and lengths that fit a machine; auto: digits for digits, else gpu with CUDA '
-                          'and cpu without', choices=('auto', *By._fields))
+    preset: str = setting('auto', 'sizes and lengths that fit a machine; lab: an hour or two on one core; auto: digits '
+                          'for digits, else gpu with CUDA and cpu without', choices=('auto', *By._fields))
     epochs: int = setting(None, 'passes over the training images', lo=1, hi=100_000)
     seed: int = setting(0, 'seed of weights, order and views', lo=0, hi=2**31 - 1)
     train_size: int = setting(None, 'training images, class-balanced; 0: all of them', lo=0, group='Data')
@@ -47,7 +47,7 @@ class _Run(Checked):
     lr: float = setting(None, 'peak learning rate', lo=1e-8, hi=100.)
     weight_decay: float = setting(None, 'weight decay, not applied to biases and normalisation', lo=0., hi=10.)
     warmup: float = setting(0.1, 'share of the steps spent warming up', lo=0., hi=0.9)
-    amp: str = setting('auto', 'bfloat16 autocast; auto: on CUDA only', choices=('auto', 'on', 'off'))
+    amp: str = setting(None, 'bfloat16 autocast; auto: on CUDA only', choices=('auto', 'on', 'off'), absent='auto')
 
 # %% ../../nbs/config/05_run.ipynb #26906849
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +101,12 @@ _SIZES = {
                 projector_hidden=256, projector_dim=128),
     'gpu': dict(encoder='resnet18', width=64, image_size=32, train_size=0, epochs=100, batch_size=512,
                 projector_hidden=2048, projector_dim=512),
+    'lab': dict(encoder='small', width=64, image_size=32, train_size=0, epochs=30, batch_size=256, projector_hidden=512,
+                projector_dim=512, projector_layers=3, optimizer='muon', lr=0.02, amp='on'),
 }
-_COMMON = dict(projector_layers=2, optimizer='adamw', lr=2e-3, weight_decay=1e-4)
+_COMMON = dict(projector_layers=2, optimizer='adamw', lr=2e-3, weight_decay=1e-4, amp='auto')
 
-def preset_values(preset: str,    # digits, cpu or gpu
+def preset_values(preset: str,    # digits, cpu, gpu or lab
                   loss: str = '', # none: what all losses share
                  ) -> dict:       # field -> value
     "The values that a preset gives to the fields left open."
