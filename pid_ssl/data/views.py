@@ -112,19 +112,21 @@ def affine_parameters(n: int,             # images
 def resample(x: torch.Tensor,     # (n, c, side, side)
              theta: torch.Tensor, # (n, 2, 3) from `affine_parameters`
              policy: Policy,      # the same
+             side: int | None = None, # pixels a side of the result; None: of `x`
             ) -> torch.Tensor:    # (n, c, side, side)
     "Apply one affine map an image, bilinear."
+    side = side or x.shape[-1]
     if policy.boxes == 'pixels':
-        across, down = (_weights(theta[:, i, i], theta[:, i, 2], x)[:, None] for i in (0, 1))
+        across, down = (_weights(theta[:, i, i], theta[:, i, 2], x, side)[:, None] for i in (0, 1))
         return down @ x @ across.mT
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    grid = F.affine_grid(theta, [*x.shape[:2], side, side], align_corners=False)
     return F.grid_sample(x, grid, mode='bilinear', padding_mode=policy.padding, align_corners=False)
 
-def _weights(scale, centre, x):
-    # (n, side, side): what each pixel of a side gives to each pixel of the view; nothing lies outside the box
-    pixel = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
+def _weights(scale, centre, x, side):
+    # (n, side, pixels of x): what each pixel of x gives to each pixel of the view; nothing lies outside the box
+    pixel, out = (torch.arange(k, device=x.device, dtype=x.dtype) for k in (x.shape[-1], side))
     at = lambda v: (v + 1)*x.shape[-1]/2 - 0.5
-    position = at(centre[:, None] + scale[:, None]*((2*pixel + 1)/x.shape[-1] - 1))
+    position = at(centre[:, None] + scale[:, None]*((2*out + 1)/side - 1))
     low, high = at(centre - scale.abs()) + 0.5, at(centre + scale.abs()) - 0.5
     position = torch.minimum(torch.maximum(position, low[:, None]), high[:, None])
     return (position[:, :, None] - pixel).abs_().neg_().add_(1).clamp_(min=0)
@@ -230,9 +232,10 @@ def render(x: torch.Tensor, # (n, c, side, side), values in 0..1
            omega: dict,     # what is done to each image, from `draw_view`
            colour: list,    # the colour operations in order, from the same call
            policy: Policy,  # the same
+           side: int | None = None, # pixels a side of the views; None: of the images
           ) -> torch.Tensor:# (n, c, side, side), values in 0..1
     "The views that were drawn, less the pixel noise."
-    x = jitter_colour(resample(x, omega['theta'], policy), colour)
+    x = jitter_colour(resample(x, omega['theta'], policy, side), colour)
     if policy.blur:
         x = gaussian_blur(x, omega['blur'])
     if policy.solarize:
@@ -268,6 +271,7 @@ class ViewMaker:
         self.mean, self.std = (torch.as_tensor(v, **at).view(1, -1, 1, 1) for v in (mean, std))
         self.generator = _Generator(device).manual_seed(seed)
         self.generator.share = share
+        self.side = None  # pixels a side of random views; None: of the images
 
     def clean(self,
               images: torch.Tensor,  # (n, c, h, w) uint8
@@ -287,8 +291,9 @@ class ViewMaker:
             return (self.clean(images), identity_view(n, g.device)) if told else self.clean(images)
         _require_bytes(images, square=True)
         omega, colour = draw_view(n, p, g, channels, side)
-        noise = _draw(torch.randn, *images.shape, g=g) if p.noise else None
-        x = render(images.float()/255, omega, colour, p)
+        out = self.side or side
+        noise = _draw(torch.randn, n, channels, out, out, g=g) if p.noise else None
+        x = render(images.float()/255, omega, colour, p, out)
         if p.noise:
             x = (x + p.noise*noise).clamp_(0, 1)
         x = (x - self.mean)/self.std
