@@ -21,12 +21,11 @@ def project_root(start: str | Path | None = None, # folder to start from; defaul
     return Path(os.environ.get('PID_SSL_HOME') or Path.cwd()).resolve()
 
 # %% ../../nbs/config/02_project.ipynb #e44a194b
-def digest(value: object,     # anything JSON can hold
-           length: int = 16,  # hexadecimal digits kept
-          ) -> str:           # the first `length` digits of a SHA-256
+def digest(value: object, # anything JSON can hold
+          ) -> str:       # the first 16 hexadecimal digits of a SHA-256
     "Hash of a JSON value: equal values have equal digests whatever the order of keys. Raises `ValueError` on NaN."
     text = json.dumps(value, sort_keys=True, separators=(',', ':'), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../../nbs/config/02_project.ipynb #e8440fe5
 def source_hash(package: str | Path | None = None, # folder of the package; default the installed one

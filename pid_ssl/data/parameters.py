@@ -9,7 +9,7 @@ __all__ = ['BITS', 'TELLS', 'relation', 'own', 'told', 'Column', 'relation_table
 import math
 from dataclasses import dataclass
 import torch
-from ..config import ConfigError
+from ..config import require_value
 from .views import POLICIES, Policy, draw_view, identity_view
 
 # %% ../../nbs/data/39_parameters.ipynb #bdded6c3
@@ -79,8 +79,7 @@ def told(omega1: dict,             # what was drawn for view 1
          tells: str = 'relation',  # relation; own: the parameters of view 1; all: those of both views, and the relation
         ) -> dict:                 # name -> (n,)
     "The targets that a head is to tell; raises `ConfigError` on an unknown choice."
-    if tells not in TELLS:
-        raise ConfigError('tells', tells, ', '.join(TELLS))
+    require_value(tells in TELLS, 'tells', tells, ', '.join(TELLS))
     if tells == 'relation':
         return relation(omega1, omega2, policy)
     if tells == 'own':

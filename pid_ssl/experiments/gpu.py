@@ -6,16 +6,18 @@
 __all__ = ['RECIPE', 'TINY', 'GPU_MEMORY', 'kit', 'step_speeds', 'finished', 'kit_rows', 'check_machine', 'run_kit', 'command']
 
 # %% ../../nbs/experiments/78_gpu.ipynb #c1df0990
-import argparse, contextlib, json, os, re, signal, subprocess, sys, threading, time
+import contextlib, json, os, re, signal, subprocess, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 import torch
-from ..config import LOSS_TABLE, Config, ConfigError, project_root, reads, resolve, step_images
+from ..config import (LOSS_TABLE, project_root, read_options, reads, require_value, resolve,
+                            step_images)
 from ..data import VAL_SHARE, load_dataset
 from ..data.table import DATASETS
 from .downstream import run_downstream
 from .pretrain import pretrain
-from .recipe import Planned, every_record, find, plan, recipes_folder
+from .recipe import Planned, every_record, find, plan
 from .sweep import SweepFailed, make
 from ..records import RunInterrupted, StopSignals, device_name
 
@@ -87,12 +89,11 @@ def check_machine(steps: dict, # of `kit`
                   workers: int # runs at a time
                  ) -> None:
     "Raise `ConfigError` or `DataError` where the list cannot be run."
-    if not torch.cuda.is_available():
-        raise ConfigError('device', 'cpu', 'cuda: torch finds no CUDA GPU here; pid_ssl gpu --rehearse needs none')
+    require_value(torch.cuda.is_available(), 'device', 'cpu',
+                  'cuda: torch finds no CUDA GPU here; pid_ssl gpu --rehearse needs none')
     free = torch.cuda.mem_get_info()[0]
-    if not 1 <= workers <= free//GPU_MEMORY:
-        raise ConfigError('workers', workers, f'1 to {free//GPU_MEMORY:.0f}: {free/1e9:.1f} GB of the GPU are free, '
-                          f'a run needs {GPU_MEMORY/1e9:.0f}')
+    require_value(1 <= workers <= free//GPU_MEMORY, 'workers', workers, f'1 to {free//GPU_MEMORY:.0f}: '
+                  f'{free/1e9:.1f} GB of the GPU are free, a run needs {GPU_MEMORY/1e9:.0f}')
     for name in dict.fromkeys(p.config.dataset for run, measured in steps.items() for p in (run, *measured)):
         load_dataset(name, 32, 1000)
 
@@ -170,20 +171,21 @@ def run_kit(steps: dict,             # of `kit`
     return not up.is_set()
 
 # %% ../../nbs/experiments/78_gpu.ipynb #7e4983d6
+_OPTIONS = {
+    '--list': dict(action='store_true', help='say what is done, what is left and what it costs'),
+    '--minutes': dict(type=float, help='stop after that many; the same call goes on'),
+    '--workers': dict(type=int, default=1, help='runs at a time on the GPU'),
+    '--rehearse': dict(action='store_true', help='the whole list with tiny nets and images on the CPU'),
+    '--home': dict(help='folder of the records; default the project, or data/rehearsal in it')}
+
 def command(argv: list | None = None, # default the process's arguments
            ) -> None:
     "`pid_ssl gpu`; raises what `check_machine` and `run_kit` raise."
-    parser = argparse.ArgumentParser('pid_ssl gpu', description='Go on with the list of runs that need a CUDA GPU.')
-    parser.add_argument('--list', action='store_true', help='say what is done, what is left and what it costs')
-    parser.add_argument('--minutes', type=float, help='stop after that many; the same call goes on')
-    parser.add_argument('--workers', type=int, default=1, help='runs at a time on the GPU')
-    parser.add_argument('--rehearse', action='store_true', help='the whole list with tiny nets and images on the CPU')
-    parser.add_argument('--home', help='folder of the records; default the project, or data/rehearsal in it')
-    given = parser.parse_args(argv)
+    about = 'Go on with the list of runs that need a CUDA GPU.'
+    given = SimpleNamespace(**read_options(argv, 'pid_ssl gpu', about, _OPTIONS))
     home = Path(given.home or project_root()/('data/rehearsal' if given.rehearse else '.')).resolve()
     steps = kit(str(home) if given.rehearse or given.home else None, given.rehearse)
-    if given.minutes is not None and not given.minutes > 0:
-        raise ConfigError('minutes', given.minutes, 'a number above 0')
+    require_value(given.minutes is None or given.minutes > 0, 'minutes', given.minutes, 'a number above 0')
     if not given.list:
         if not given.rehearse:
             check_machine(steps, given.workers)

@@ -100,13 +100,12 @@ def check_weight(name: str,          # the argument
     require_value(number and 0 <= value < float('inf'), name, value, 'a finite number from 0')
     return float(value)
 
-def check_integer(name: str,   # the argument
-                  value: int,  # its value
-                  low: int = 1, # least accepted
+def check_integer(name: str,  # the argument
+                  value: int, # its value
                  ) -> int:
-    "An integer from `low`, else `ConfigError`."
+    "An integer from 1, else `ConfigError`."
     whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value//1
-    require_value(whole and value >= low, name, value, f'an integer from {low}')
+    require_value(whole and value >= 1, name, value, 'an integer from 1')
     return int(value)
 
 # %% ../../nbs/losses/51_base.ipynb #7d20b5aa

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .base import check_count, check_samples
+from .base import check_count, check_samples, need
 
 # %% ../../nbs/pid/16_critics.ipynb #299ac847
 def infonce(
@@ -108,8 +108,7 @@ def fit_infonce(
     n, steps = len(z1), round(share * steps)
     check_count("an integer of at least 1", 1, steps=steps)
     check_count("an integer of at least 2", 2, batch=batch, eval_batch=eval_batch)
-    if n < 40:
-        raise ValueError(f"n={n} samples: training, stopping and held-out evaluation of critics need at least 40")
+    need(n >= 40, f"n={n} samples: training, stopping and held-out evaluation of critics need at least 40")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator)
     fit, stop, held = order[: round(share * (n * 2 // 5))], order[n * 2 // 5 : n // 2], order[n // 2 :]

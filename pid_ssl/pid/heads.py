@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from .base import check_count
+from .base import check_count, need
 from .critics import _standardised
 
 # %% ../../nbs/pid/16_heads.ipynb #2e6e25ac
@@ -170,8 +170,8 @@ def cross_fit(
 ) -> Tensor:
     "Contributions of every sample but at most `folds` - 1 to I1, I2, I12 in nats; the mean is the estimate"
     check_count("an integer of at least 2", 2, folds=folds)
-    if len(z1) < 40:
-        raise ValueError(f"n={len(z1)} samples: training, stopping and held-out evaluation of heads need at least 40")
+    need(len(z1) >= 40,
+         f"n={len(z1)} samples: training, stopping and held-out evaluation of heads need at least 40")
     order, *rows = folded(len(z1), folds, torch.Generator().manual_seed(seed))
     z1, z2, t = (x.detach().cpu()[order] for x in (z1, z2, t))
     return told_nats(z1, z2, normal_scores(t) if t.is_floating_point() else t, *rows, seed=seed, **options)

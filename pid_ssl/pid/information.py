@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from .base import check_base, check_choice, check_count, check_cov, check_dims, check_samples, cholesky
+from .base import (check_base, check_choice, check_count, check_cov, check_dims, check_samples,
+                              cholesky, need)
 
 # %% ../../nbs/pid/12_information.ipynb #f26b3303
 class _LogDet(torch.autograd.Function):
@@ -122,8 +123,7 @@ def gaussian_mi_bias(
 ) -> float:
     "Exact expected excess of the plug-in Gaussian I(A;B) over the true value"
     check_count("a positive number of dimensions", 1, d1=d1, d2=d2)
-    if n <= d1 + d2:
-        raise ValueError(f"n={n}: a sample covariance of d1 + d2 = {d1 + d2} dimensions needs n > {d1 + d2}")
+    need(n > d1 + d2, f"n={n}: a sample covariance of d1 + d2 = {d1 + d2} dimensions needs n > {d1 + d2}")
     psi = torch.digamma((n - torch.arange(1, d1 + d2 + 1, dtype=torch.float64)) / 2)
     return ((psi[:d1].sum() + psi[:d2].sum() - psi.sum()) / (2 * math.log(check_base(base)))).item()
 
@@ -138,8 +138,7 @@ def sample_covariance(
     "Covariance `(d, d)` in float64 with n - 1 in the denominator, and the shrinkage that was applied to it"
     (x,) = check_samples(("x",), x)
     n, d = x.shape
-    if n < 2:
-        raise ValueError(f"x holds {n} sample: a covariance needs at least 2")
+    need(n >= 2, f"x holds {n} sample: a covariance needs at least 2")
     x = x - x.mean(0)
     cov = x.mT @ x / (n - 1)
     if shrinkage == "none":
@@ -156,8 +155,8 @@ def sample_covariance(
         else:
             alpha = ((y * y).sum(-1).square().mean() - square) / (n * spread)
         alpha = alpha.clamp(0, 1)
-    elif 0 <= shrinkage <= 1:
-        alpha = cov.new_tensor(float(shrinkage))
     else:
-        raise ValueError(f"shrinkage={shrinkage!r}: choose from {', '.join(SHRINKAGE)}, or a number from 0 to 1")
+        need(0 <= shrinkage <= 1,
+             f"shrinkage={shrinkage!r}: choose from {', '.join(SHRINKAGE)}, or a number from 0 to 1")
+        alpha = cov.new_tensor(float(shrinkage))
     return (1 - alpha) * cov + alpha * torch.diag(torch.diagonal(cov)), alpha

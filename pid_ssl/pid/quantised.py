@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import PID, check_count, check_samples
+from .base import PID, check_count, check_samples, need
 from .discrete import pid_discrete
 
 # %% ../../nbs/pid/17_quantised.ipynb #5d14eb52
@@ -25,8 +25,7 @@ def quantise(
     "Cell index of every sample, `(n,)` from 0 to `codes` - 1"
     (x,) = check_samples(("x",), x)
     check_count("a positive number of cells", 1, codes=codes)
-    if codes > len(x):
-        raise ValueError(f"codes={codes}: more cells than the n={len(x)} samples")
+    need(codes <= len(x), f"codes={codes}: more cells than the n={len(x)} samples")
     codes = min(codes, len(torch.unique(x, dim=0)))  # of different samples
     sd = x.std(0, unbiased=False)
     x = (x - x.mean(0)) / torch.where(sd > 0, sd, 1)
@@ -93,14 +92,12 @@ def pid_codes(
     """Decomposition of counted codes; `info` holds `raw`, `extrapolated`, `null`, `null_std`: `(4,)` atoms each.
     `gap` covers everything that the atoms are made of: all samples, their halves, and the null."""
     for name, c in (("c1", c1), ("c2", c2), ("ct", ct)):
-        if c.is_floating_point() or c.ndim != 1 or not len(c) or c.min() < 0:
-            raise ValueError(f"{name}: need integer codes (n,) from 0, got {c.dtype} {tuple(c.shape)}")
+        need(not c.is_floating_point() and c.ndim == 1 and len(c) and c.min() >= 0,
+             f"{name}: need integer codes (n,) from 0, got {c.dtype} {tuple(c.shape)}")
     n = len(ct)
-    if not len(c1) == len(c2) == n:
-        raise ValueError(f"different numbers of samples: c1 {len(c1)}, c2 {len(c2)}, ct {n}")
-    if extrapolate and n < 4:
-        raise ValueError(f"n={n} samples: extrapolation from halves needs at least 4; "
-                         "extrapolate=False takes any number")
+    need(len(c1) == len(c2) == n, f"different numbers of samples: c1 {len(c1)}, c2 {len(c2)}, ct {n}")
+    need(not extrapolate or n >= 4,
+         f"n={n} samples: extrapolation from halves needs at least 4; extrapolate=False takes any number")
     generator = torch.Generator().manual_seed(seed)
     order = lambda: torch.randperm(n, generator=generator).to(ct.device)
     mixed = order()

@@ -14,7 +14,7 @@ from typing import Callable, Optional, Union
 import torch
 from torch import Tensor
 
-from .base import PID, check_base, check_choice, check_samples, pid_from_union
+from .base import PID, check_base, check_choice, check_samples, need, pid_from_union
 from .critics import fit_infonce
 from .gaussian import posterior_ratios
 from .heads import cross_fit
@@ -47,10 +47,8 @@ def confidence_interval(
 ) -> dict:
     "Name -> tensor (low, high)"
     check_choice("interval", method, INTERVALS)
-    if not 0 < level < 1:
-        raise ValueError(f"level={level!r}: need a coverage between 0 and 1")
-    if not 2 <= replicates:
-        raise ValueError(f"replicates={replicates!r}: need at least 2")
+    need(0 < level < 1, f"level={level!r}: need a coverage between 0 and 1")
+    need(replicates >= 2, f"replicates={replicates!r}: need at least 2")
     generator = torch.Generator().manual_seed(seed)
     everything = estimate(torch.arange(n))
     if method == "jackknife":
@@ -150,8 +148,8 @@ def _halved(run, result, n, seed):
 
 
 def _coordinate(z1, z2, t, eps, reduce):
-    if not z1.shape == z2.shape == t.shape:
-        raise ValueError(f"coordinate pairs up coordinates: z1, z2, t have {z1.shape[1]}, {z2.shape[1]}, {t.shape[1]}")
+    need(z1.shape == z2.shape == t.shape,
+         f"coordinate pairs up coordinates: z1, z2, t have {z1.shape[1]}, {z2.shape[1]}, {t.shape[1]}")
     i1, i2, i12 = scalar_information(*((1 - eps) * r for r in coordinate_correlations(z1, z2, t)))
     combine = Tensor.sum if reduce == "sum" else Tensor.mean
     return [combine(x) for x in (i1, i2, i12, torch.maximum(i1, i2))], None
@@ -159,13 +157,12 @@ def _coordinate(z1, z2, t, eps, reduce):
 
 def _gaussian(z1, z2, t, measure, shrinkage, bias_correct):
     n, dims = len(z1), (z1.shape[1], z2.shape[1], t.shape[1])
-    if n <= sum(dims) and shrinkage == "none":
-        raise ValueError(f"n={n} samples of {' + '.join(map(str, dims))} dimensions: the covariance is singular; need "
-                         f"n > {sum(dims)}, fewer dimensions, or shrinkage='ledoit_wolf'")
+    need(n > sum(dims) or shrinkage != "none",
+         f"n={n} samples of {' + '.join(map(str, dims))} dimensions: the covariance is singular; need n > {sum(dims)}, "
+         "fewer dimensions, or shrinkage='ledoit_wolf'")
     cov, alpha = sample_covariance(torch.cat([z1, z2, t], 1), shrinkage)
-    if bias_correct and shrinkage != "none":
-        raise ValueError(f"bias_correct=True with shrinkage={shrinkage!r}: "
-                         "the correction is exact for plain covariances only")
+    need(not bias_correct or shrinkage == "none",
+         f"bias_correct=True with shrinkage={shrinkage!r}: the correction is exact for plain covariances only")
     i1, i2, i12 = gaussian_information(cov, dims)
     d1, d2, dt = dims
     b1, b2, b12 = (gaussian_mi_bias(d, dt, n) if bias_correct else 0.0 for d in (d1, d2, d1 + d2))
@@ -263,12 +260,11 @@ def pid_samples(
     z1, z2, t = z = check_samples(("z1", "z2", "t"), z1, z2, t)
     refused = {"quantised": (), "infonce": ("z1", "z2"), "heads": ("z1", "z2")}.get(estimator, ("z1", "z2", "t"))
     for name, own in zip(("z1", "z2", "t"), labels):
-        if own is not None and name in refused:
-            raise ValueError(f"{name} holds labels, one-dimensional integers, which estimator={estimator!r} cannot "
-                             "read: need (n, d) numbers, or floating-point (n,)")
+        need(own is None or name not in refused,
+             f"{name} holds labels, one-dimensional integers, which estimator={estimator!r} cannot read: "
+             "need (n, d) numbers, or floating-point (n,)")
     n = len(z1)
-    if n < 4:
-        raise ValueError(f"n={n} samples: need at least 4")
+    need(n >= 4, f"n={n} samples: need at least 4")
     check_choice("reduce", reduce, ("sum", "mean"))
     _warn(estimator, bias_correct, z, labels, codes)
     if estimator == "quantised":

@@ -12,15 +12,14 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from .base import PID, check_dims
+from .base import PID, check_dims, need
 from .discrete import pid_discrete
 from .gaussian import pid_gaussian
 from .samples import as_labels, pid_samples
 
 # %% ../../nbs/pid/19_sources.ipynb #2bafa42a
-def _sources(count, needed=2):
-    if count < needed:
-        raise ValueError(f"{count} sources: need at least {needed}, and a target")
+def _sources(count):
+    need(count >= 2, f"{count} sources: need at least 2, and a target")
     return range(count)
 
 
@@ -39,8 +38,7 @@ def each_discrete(
 ) -> PID:
     "Each source against the rest, atoms `(..., V)`: redundancy, unique1 of the source, unique2 of the rest, synergy"
     pmf = torch.as_tensor(pmf)
-    if pmf.ndim < sources + 1:
-        raise ValueError(f"pmf of shape {tuple(pmf.shape)}: need (..., n1, ..., n{sources}, nt)")
+    need(pmf.ndim >= sources + 1, f"pmf of shape {tuple(pmf.shape)}: need (..., n1, ..., n{sources}, nt)")
     first = pmf.ndim - sources - 1
     def grouped(i):
         moved = pmf.movedim(first + i, first)
@@ -74,8 +72,7 @@ def each_samples(
     "Each source against the rest, atoms `(V,)`; `interval` and `info` are lists with an entry a source"
     views = [torch.as_tensor(z) for z in views]
     labels = [as_labels(z) for z in views]
-    if any(own is None for own in labels) and any(own is not None for own in labels):
-        raise ValueError("views hold labels and numbers: need one kind of source")
+    need(len({own is None for own in labels}) <= 1, "views hold labels and numbers: need one kind of source")
     def joined(rest):
         if labels[0] is None:
             return torch.cat([views[j].reshape(len(views[j]), -1) for j in rest], 1)
