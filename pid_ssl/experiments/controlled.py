@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'CONTROLLED', 'controlled_config', 'load_controlled', 'OBJECTIVES', 'PROBE_PAIRS', 'AUDIT_PAIRS',
-           'PROBE_STEPS', 'AUDIT_STEPS', 'QUESTIONS', 'ATOMS', 'POLICY', 'ControlledConfig', 'controlled_id', 'bound',
-           'matched', 'Arm', 'build_arm', 'probes', 'run_controlled', 'command']
+           'PROBE_STEPS', 'AUDIT_STEPS', 'QUESTIONS', 'POLICY', 'ControlledConfig', 'controlled_id', 'bound', 'matched',
+           'Arm', 'build_arm', 'probes', 'run_controlled', 'command']
 
 # %% ../../nbs/experiments/76_controlled.ipynb #acdb140d
 import hashlib, time, warnings
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..config import Checked, digest, read_args, require_value, setting
-from ..data.trifeature import Trifeature
+from ..data.trifeature import PARTS as ATOMS, Trifeature
 from ..data.views import Policy, ViewMaker
 from ..evaluate import calibrate_batchnorm, linear_probe, mlp_probe
 from ..evaluate.labels import descend
@@ -226,7 +226,6 @@ def build_arm(config: ControlledConfig, # any
 PROBE_PAIRS, AUDIT_PAIRS = {'train': 4000, 'val': 1000, 'test': 4000}, 6000
 PROBE_STEPS, AUDIT_STEPS = 600, 400  # of the MLP probe and of the critics
 QUESTIONS = ('R', 'U1', 'U2', 'S')
-ATOMS = ('redundancy', 'unique1', 'unique2', 'synergy')
 
 @torch.no_grad()
 def probes(arm: Arm,          # trained or not
