@@ -44,8 +44,8 @@ class FilterMuon(torch.optim.Muon):
     "torch's Muon for convolutions, too; its own parameters are matrices that share the weights' memory."
     def __init__(self,
                  params: list,         # of tensors with two dimensions or more
-                 lr: float,            # as AdamW's
-                 weight_decay: float,
+                 lr: float,            # for steps of AdamW's size
+                 weight_decay: float,  # decoupled, as AdamW's
                 ):
         self.weights = params
         matrices = [_matrix(w.detach(), w) for w in params]
