@@ -83,14 +83,13 @@ def fit(model: nn.Module,        # whose parameters with gradients are trained
         lr: float,               # peak learning rate
         batch_size: int,         # images a step
         generator: torch.Generator, # of the order
-       ) -> list:                # mean loss of each epoch
+       ) -> None:
     "AdamW, torch's one-cycle schedule, a tenth of the steps upwards; `ValueError` when the loss is not finite."
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, steps, history = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4), -(-n//batch_size)*epochs, []
+    optimizer, steps = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4), -(-n//batch_size)*epochs
     up = 0.1 if steps != 10 else 0.1 + 1e-9  # of exactly 10 steps torch would divide by the length, 0, of the way up
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2), pct_start=up)
     for epoch in range(epochs):
-        total = 0.
         for rows in torch.randperm(n, generator=generator).split(batch_size):
             value = loss(rows)
             require(value.isfinite(), 'lr', f'got {lr}; the loss of epoch {epoch + 1} is {value.item()}', 'a lower lr')
@@ -99,9 +98,6 @@ def fit(model: nn.Module,        # whose parameters with gradients are trained
             nn.utils.clip_grad_norm_(parameters, 10.)  # detectors have rare steps with huge gradients
             optimizer.step()
             schedule.step()
-            total += value.item()*len(rows)
-        history.append(total/n)
-    return history
 
 # %% ../../nbs/evaluate/65_dense.ipynb #0a1a35eb
 def paired_bootstrap(score: Callable,     # indices of units -> score of the first, score of the second

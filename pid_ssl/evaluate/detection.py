@@ -125,9 +125,8 @@ _BATCH = 8
 @torch.no_grad()
 def _detect(detector, images):
     detector.eval()
-    device, found = next(detector.parameters()).device, []
-    for b in images.split(_BATCH):
-        found += detector(list(b.to(device).float()/255))
+    device = next(detector.parameters()).device
+    found = [d for b in images.split(_BATCH) for d in detector(list(b.to(device).float()/255))]
     out = {k: torch.cat([d[k].cpu() for d in found]) for k in ('boxes', 'scores', 'labels')}
     return out | {'image': torch.cat([torch.full((len(d['scores']),), i) for i, d in enumerate(found)])}
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..config import ConfigError
+from ..config import ConfigError, require_value
 
 # %% ../../nbs/evaluate/69_read.ipynb #ac4e3007
 LEAST = 40  # images: fewer say nothing about held-out ones
@@ -27,11 +27,11 @@ def as_images(images: object,           # array or tensor: (n, c, h, w), (n, h, 
     x = x[:, None] if x.ndim == 3 else x
     if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         x = x.permute(0, 3, 1, 2)
-    if x.ndim != 4 or x.shape[1] not in (1, 3) or x.shape[2] != x.shape[3] or len(x) < LEAST:
-        raise ConfigError('images', tuple(x.shape), accepted)
+    square = x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[2] == x.shape[3]
+    require_value(square and len(x) >= LEAST, 'images', tuple(x.shape), accepted)
     if x.dtype != torch.uint8:
-        if not x.is_floating_point() or not x.isfinite().all() or x.min() < 0 or x.max() > 1:
-            raise ConfigError('images', f'{x.dtype} from {x.min():.3g} to {x.max():.3g}', accepted)
+        shares = x.is_floating_point() and x.isfinite().all() and x.min() >= 0 and x.max() <= 1
+        require_value(shares, 'images', f'{x.dtype} from {x.min():.3g} to {x.max():.3g}', accepted)
         x = (255*x).round().to(torch.uint8)
     if size and size != x.shape[-1]:
         x = F.interpolate(x.float(), size=(size, size), mode='bicubic', antialias=True)
@@ -53,8 +53,8 @@ def found_normalisation(given: object,        # (mean, std), or anything that ha
         mean, std = (torch.as_tensor(v, dtype=torch.float32).flatten() for v in pair)
     except (TypeError, ValueError):
         raise ConfigError('normalise', given, '(mean, std) of the channels, or what has both') from None
-    if len(mean) != len(std) or len(mean) not in (1, 3) or not (std > 0).all():
-        raise ConfigError('normalise', given, '(mean, std) of 1 or 3 channels, std above 0')
+    require_value(len(mean) == len(std) and len(mean) in (1, 3) and (std > 0).all(), 'normalise', given,
+                  '(mean, std) of 1 or 3 channels, std above 0')
     return mean, std
 
 # %% ../../nbs/evaluate/69_read.ipynb #ac4e3008
@@ -78,21 +78,22 @@ class Reader(nn.Module):
         except (RuntimeError, AssertionError, TypeError, ValueError) as e:
             raise ConfigError('encoder', type(self.encoder).__name__,
                               f'a module that takes {tuple(x.shape)} ({str(e).splitlines()[0]}); see size') from e
-        if isinstance(h, torch.Tensor) and h.ndim == 4:
+        numbers = isinstance(h, torch.Tensor)
+        if numbers and h.ndim == 4:
             h = h.mean((2, 3))
-        if not isinstance(h, torch.Tensor) or h.shape[:1] != x.shape[:1] or h.ndim != 2:
-            answer = tuple(h.shape) if isinstance(h, torch.Tensor) else type(h).__name__
-            raise ConfigError('encoder', answer, f'a module that gives ({len(x)}, f) features, or maps of them')
-        if not h.isfinite().all():
-            raise ConfigError('encoder', 'features that are not finite', 'a module that gives finite numbers')
+        require_value(numbers and h.ndim == 2 and len(h) == len(x), 'encoder',
+                      tuple(h.shape) if numbers else type(h).__name__,
+                      f'a module that gives ({len(x)}, f) features, or maps of them')
+        require_value(h.isfinite().all(), 'encoder', 'features that are not finite',
+                      'a module that gives finite numbers')
         return h.float()
 
 @contextmanager
 def reading(encoder: nn.Module, # any
            ):                   # gives a `Reader` in evaluation mode; afterwards every module is as it was
     "Read an encoder without changing it."
-    if not isinstance(encoder, nn.Module):
-        raise ConfigError('encoder', type(encoder), 'a torch.nn.Module that maps images to features')
+    require_value(isinstance(encoder, nn.Module), 'encoder', type(encoder),
+                  'a torch.nn.Module that maps images to features')
     modes = [(m, m.training) for m in encoder.modules()]
     try:
         with torch.no_grad():

@@ -58,8 +58,6 @@ def canonical_correlations(h1: torch.Tensor, # (n, f) features of view 1
                            h2: torch.Tensor, # (n, g) of view 2
                           ) -> torch.Tensor: # (min of the ranks,) 0 .. 1, descending
     "Correlations of the directions in which two views agree most; those of no variance are left out."
-    bases = []
-    for h in map(checked_features, (h1, h2)):
-        u, s, _ = torch.linalg.svd(h - h.mean(0), full_matrices=False)
-        bases.append(u[:, s > 1e-6*s[0].clamp(min=1e-300)])
+    parts = [torch.linalg.svd(h - h.mean(0), full_matrices=False) for h in map(checked_features, (h1, h2))]
+    bases = [u[:, s > 1e-6*s[0].clamp(min=1e-300)] for u, s, _ in parts]
     return torch.linalg.svdvals(bases[0].T @ bases[1]).clamp(max=1)

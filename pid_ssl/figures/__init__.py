@@ -6,17 +6,17 @@
 __all__ = ['DataFile', 'Gallery', 'SMALLEST', 'SPLITS', 'TRACE', 'WIDTH', 'caption', 'committed', 'data_file', 'default_identity',
            'drift', 'fill_markers', 'fill_notebook', 'frame', 'ink', 'markdown_table', 'matching', 'methods',
            'one_setting_each', 'passes_caption', 'plot_accuracy', 'plot_atoms', 'plot_run', 'plotting', 'results_table',
-           'run_table', 'show', 'smallest_type', 'spread', 'training_caption', 'value_of', 'write_pages']
+           'run_table', 'smallest_type', 'spread', 'training_caption', 'value_of', 'write_pages']
 
 # %% ../../nbs/figures/80_figures.ipynb #10557374
 from .base import SMALLEST, WIDTH, ink, markdown_table, plotting, smallest_type, spread
 from .frames import (SPLITS, TRACE, caption, default_identity, frame, matching, methods,
                                     one_setting_each, passes_caption, training_caption, value_of)
-from .gallery import DataFile, Gallery, committed, data_file, show
+from .gallery import DataFile, Gallery, committed, data_file
 from .listings import drift, fill_markers, fill_notebook, write_pages
 from .runs import plot_accuracy, plot_atoms, plot_run, results_table, run_table
 
 _all_ = ['DataFile', 'Gallery', 'SMALLEST', 'SPLITS', 'TRACE', 'WIDTH', 'caption', 'committed', 'data_file',
          'default_identity', 'drift', 'fill_markers', 'fill_notebook', 'frame', 'ink', 'markdown_table', 'matching',
          'methods', 'one_setting_each', 'passes_caption', 'plot_accuracy', 'plot_atoms', 'plot_run', 'plotting',
-         'results_table', 'run_table', 'show', 'smallest_type', 'spread', 'training_caption', 'value_of', 'write_pages']
+         'results_table', 'run_table', 'smallest_type', 'spread', 'training_caption', 'value_of', 'write_pages']

@@ -42,6 +42,11 @@ def _called(record):
     # the name of a loss stands for its title
     return LOSS_TABLE[record['name']].title if record['name'] in LOSS_TABLE else record['name']
 
+def _summary(letter, record):
+    numbers = [text.format(record['features'][k][0]) for k, text in MEASURES.items()]
+    name = f"{_called(record)} ({record['about']['features']} features): {', '.join(numbers)}"
+    return f'{letter}: {name}' if letter else name
+
 # %% ../../nbs/figures/89_audit.ipynb #ac4e4006
 def plot_audit(*audits: Audit | dict, # of the same targets, one or more, or their records
               ):                      # matplotlib Figure
@@ -63,12 +68,7 @@ def plot_audit(*audits: Audit | dict, # of the same targets, one or more, or the
              title=f"{asked[records[0]['about']['tells']]}, on held-out images")
     right.set(xlabel='cosine with the clean image', title='invariance', xlim=(min(0, right.get_xlim()[0]), 1.02))
     right.axvline(1, ls=':', lw=0.9, color='0.4')
-    lines = []
-    for letter, found in zip(letters, records):
-        numbers = [text.format(found['features'][k][0]) for k, text in MEASURES.items()]
-        name = f"{_called(found)} ({found['about']['features']} features): {', '.join(numbers)}"
-        lines.append(': '.join(filter(None, (letter, name))))
-    fig.supxlabel('\n'.join(lines), fontsize=7)
+    fig.supxlabel('\n'.join(map(_summary, letters, records)), fontsize=7)
     return legend_above(fig, [left], handlelength=1)
 
 # %% ../../nbs/figures/89_audit.ipynb #2588296d

@@ -11,7 +11,7 @@ import itertools, math, tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
-from ..config import ACCURACIES, METRICS, ConfigError, project_root
+from ..config import ACCURACIES, METRICS, ConfigError, project_root, require, require_value
 from ..experiments.recipe import find, plan
 from .base import (SHORT, half_width, interval, label_rows, listed, panels, plot_differences, spread,
                                   tabled)
@@ -24,8 +24,7 @@ def difference(ours: dict,     # seed -> number
     "Compare two arms over the seeds both have; raises `ValueError` when there is none."
     from scipy import stats
     seeds = sorted(set(ours) & set(baseline))
-    if not seeds:
-        raise ValueError(f'seeds: got {sorted(ours)} and {sorted(baseline)}; accepted: at least one in common')
+    require(seeds, 'seeds', f'got {sorted(ours)} and {sorted(baseline)}', 'at least one in common')
     a, b = (np.array([v[s] for s in seeds], float) for v in (ours, baseline))
     paired, welch = np.nan, np.nan
     if len(seeds) > 2:
@@ -59,11 +58,10 @@ class Registration:
     note: str = '' # what else a reader has to know
 
     def __post_init__(self):
-        if not all(len(pair) == 2 and set(pair) <= set(self.arms) for pair in self.compare):
-            raise ConfigError(f'{self.name}.compare', self.compare, f"pairs of arms: {', '.join(self.arms)}")
+        pairs = all(len(pair) == 2 and set(pair) <= set(self.arms) for pair in self.compare)
+        require_value(pairs, f'{self.name}.compare', self.compare, f"pairs of arms: {', '.join(self.arms)}")
         for key in ('compare', 'primary', 'seeds'):
-            if not getattr(self, key):
-                raise ConfigError(f'{self.name}.{key}', getattr(self, key), 'a list that is not empty')
+            require_value(getattr(self, key), f'{self.name}.{key}', getattr(self, key), 'a list that is not empty')
 
 def read_register(path: str | Path | None = None, # default data/registered.toml of the project
                  ) -> dict:                       # name -> `Registration`

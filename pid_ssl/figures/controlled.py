@@ -40,19 +40,20 @@ def reported(records: list, # of `controlled_benchmark`
 def measures(records: list, # of `controlled_benchmark`
             ):              # pandas DataFrame: arm, seed, question, probe, accuracy in percent
     "A row an arm (in the order of `TITLES`), seed, question and probe; what is untrained once a seed and question."
-    rows = []
-    for r in records:
-        for question, parts in [(q, parts) for q, (_, pairing, parts) in QUESTIONS.items()
-                                if pairing == r.config['pairing']]:
-            for probe, (_, end, _) in PROBES.items():
-                arm, own = r.config['arm'], (r.config['arm'], probe) == ('pid_infonce', 'fused')
-                for name, prefix in ((arm, ''), ('untrained_pid_infonce' if own else 'untrained', 'control_')):
-                    keys = [f'{prefix}test_{part}_{end}' for part in parts]
-                    if keys[0] in r.metrics:  # some arms have no fused layer
-                        rows.append({'arm': name, 'seed': r.config['seed'], 'question': question, 'probe': probe,
-                                     'accuracy': float(np.mean([r.metrics[k] for k in keys]))})
+    rows = [row for r in records for row in _accuracies(r)]
     data = plotting()[2].DataFrame(rows).drop_duplicates(['arm', 'seed', 'question', 'probe'])
     return data.sort_values('arm', key=lambda arm: arm.map(list(TITLES).index), kind='stable', ignore_index=True)
+
+def _accuracies(record):
+    arm, metrics = record.config['arm'], record.metrics
+    asked = [(q, parts) for q, (_, kind, parts) in QUESTIONS.items() if kind == record.config['pairing']]
+    for (question, parts), (probe, (_, end, _)) in itertools.product(asked, PROBES.items()):
+        control = 'untrained_pid_infonce' if (arm, probe) == ('pid_infonce', 'fused') else 'untrained'
+        for name, prefix in ((arm, ''), (control, 'control_')):
+            keys = [f'{prefix}test_{part}_{end}' for part in parts]
+            if keys[0] in metrics:  # some arms have no fused layer
+                yield {'arm': name, 'seed': record.config['seed'], 'question': question, 'probe': probe,
+                       'accuracy': float(np.mean([metrics[k] for k in keys]))}
 
 def published_trifeature() -> dict: # method -> {R, U, S} in percent, its network, and where the numbers come from
     "Published values for orientation, from `data/published.csv`."

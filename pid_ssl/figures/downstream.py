@@ -121,8 +121,8 @@ def difference_table(records: list, # of `downstream`
                     ):              # pandas DataFrame of text
     "Each method less the untrained network, and each of ours less its baseline, in points."
     data = measures(records)
-    there = [m for m in LOSS_TABLE if m in set(data.method)]
-    pairs = [(m, 'untrained') for m in there] + [p for p in PAIRS if set(p) <= set(there)]
+    there = set(data.method)
+    pairs = [(m, 'untrained') for m in LOSS_TABLE if m in there] + [p for p in PAIRS if set(p) <= there]
     for of, d in _by_measure(data):
         by = {m: g.set_index('seed').value for m, g in d.groupby('method')}
         yield of | {f'{METHODS[a]} - {METHODS[b]}': paired_difference(by[a], by[b]) if {a, b} <= set(by) else ''

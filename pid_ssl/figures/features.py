@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
-from ..config import ConfigError
+from ..config import ConfigError, require
 from ..data import DataError
 from ..data.images import decode, pixels
 from ..data.sources import Stored
@@ -46,8 +46,7 @@ def nearest(features: np.ndarray, # (n, f)
     n = len(features)
     if wrong := [i for i in asked if not -n <= i < n]:
         raise ConfigError('asked', wrong[0], f'numbers of rows, up to {n - 1}')
-    x = torch.from_numpy(features - features.mean(0))
-    x = torch.nn.functional.normalize(x, dim=1)
+    x = torch.nn.functional.normalize(torch.from_numpy(features - features.mean(0)), dim=1)
     cosine = x[list(asked)] @ x.T
     cosine[torch.arange(len(asked)), [i % n for i in asked]] = -2.
     return cosine.topk(min(k, n - 1)).indices.numpy()
@@ -64,8 +63,8 @@ def plot_nearest(file: str | Path,   # that `embed` wrote
     rows = np.concatenate([np.array(asked)[:, None] % len(found.names), nearest(found.features, asked, k)], 1)
     def picture(i):
         here = [name if row is None else (name, row) for name, row, _ in stored.names(i, i + 1)]
-        if here != found.names[i:i + 1]:
-            raise DataError(f'{images}: image {i} is {here}, and {found.names[i]} in {file}; accepted: the same images')
+        require(here == found.names[i:i + 1], images, f'image {i} is {here}, and {found.names[i]} in {file}',
+                'the same images', DataError)
         where, data = next(iter(stored.read(i, i + 1)))
         return torch.from_numpy(decode(lambda f: pixels(f, side), data, where, 'a whole image').copy())
     figure, axes = plot_grid([[picture(int(i)) for i in row] for row in rows])

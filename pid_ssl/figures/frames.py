@@ -54,14 +54,14 @@ def frame(records: list, # of `RunRecord`
     """Records as a table: config, metrics and cost; sorted by dataset, loss and seed. Raises `ValueError` where no
     record has accuracies, and for two copies of a dataset."""
     one_copy_each(records)
-    rows = []
-    for r in records if silent else labelled(records):
-        metrics = {re.sub(r'knn\d+_cosine', 'knn_cosine', k): v for k, v in r.metrics.items()}
-        split = re.compile(rf"^(control_|raw_|){r.config['eval_on']}_")
-        metrics |= {split.sub(r'\1', k): v for k, v in metrics.items()}
-        rows.append({**r.config, **metrics, **{k: r.provenance.get(k) for k in COST}, 'run_id': r.run_id})
-    out = plotting()[2].DataFrame(rows)
-    return out.sort_values(['dataset', 'loss', 'seed'], key=by_loss).reset_index(drop=True) if rows else out
+    rows = plotting()[2].DataFrame(map(_row, records if silent else labelled(records)))
+    return rows.sort_values(['dataset', 'loss', 'seed'], key=by_loss).reset_index(drop=True) if len(rows) else rows
+
+def _row(record):
+    metrics = {re.sub(r'knn\d+_cosine', 'knn_cosine', k): v for k, v in record.metrics.items()}
+    split = re.compile(rf"^(control_|raw_|){record.config['eval_on']}_")
+    return {**record.config, **metrics, **{split.sub(r'\1', k): v for k, v in metrics.items()},
+            **{k: record.provenance.get(k) for k in COST}, 'run_id': record.run_id}
 
 def by_loss(column: object, # pandas Series
            ) -> object:     # the same, names of losses as their places in `LOSS_TABLE`

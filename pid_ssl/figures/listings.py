@@ -9,7 +9,7 @@ __all__ = ['GALLERY', 'HEAD', 'MEASURED', 'ARMS', 'committed_rows', 'fill_marker
 # %% ../../nbs/figures/81_listings.ipynb #855935c6
 import csv, json, re
 from pathlib import Path
-from ..config import PID_LOSSES, digest, from_dict, loss_table, parameter_table, project_root
+from ..config import PID_LOSSES, digest, from_dict, loss_table, parameter_table, project_root, require
 from .base import listed, markdown_table, plotting, table
 from .frames import value_of, without_seed
 from .gallery import Gallery, read_manifest
@@ -30,10 +30,9 @@ def _value(folder, name, row, column, number=None):
     "One cell, or the number in that place of it."
     rows, wanted = committed_rows(name, folder), set(row.split('; '))
     fits = [r for r in rows if wanted <= set(r.values())]
-    if len(fits) != 1 or column not in fits[0]:
-        known = '; '.join(' | '.join(r.values()) for r in fits or rows)
-        raise ValueError(f'marker value {name} | {row} | {column}: {len(fits)} rows fit; accepted: one row of {known}, '
-                         f"and a column of {', '.join(rows[0])}")
+    known = '; '.join(' | '.join(r.values()) for r in fits or rows)
+    require(len(fits) == 1 and column in fits[0], f'marker value {name} | {row} | {column}', f'{len(fits)} rows fit',
+            f"one row of {known}, and a column of {', '.join(rows[0])}")
     cell = fits[0][column]
     return cell if number is None else re.findall(r'[+-]?\d[\d,]*\.?\d*', cell)[int(number) - 1]
 

@@ -16,7 +16,7 @@ from ..experiments import recipe
 from ..experiments.sweep import make
 from ..experiments.training import device_class
 from ..figures import plotting
-from ..figures.base import markdown_table
+from ..figures.base import markdown_table, tabled
 from ..records import RecordError, check_folder, writing
 
 # %% ../../nbs/paper/90_reproduce.ipynb #81fb8d41
@@ -130,7 +130,6 @@ def comparison(plan: Plan, # what was committed
                made: dict, # from `reproduce`
               ):           # pandas DataFrame: record, again, what, setting, metric, committed, reproduced, difference
     "One row a metric of each record that was asked for; a metric that only one of the two has is left empty."
-    _, _, pd = plotting()
     rows = []
     for old in [r for r in plan.of() if r.run_id in plan.asked]:
         new = made[old.run_id]
@@ -139,7 +138,7 @@ def comparison(plan: Plan, # what was committed
             a, b = (r.metrics.get(k) for r in (old, new))
             gap = None if a is None or b is None else b - a
             rows.append({**about, 'metric': k, 'committed': a, 'reproduced': b, 'difference': gap})
-    return pd.DataFrame(rows).astype({k: float for k in ('committed', 'reproduced', 'difference')})
+    return plotting()[2].DataFrame(rows).astype({k: float for k in ('committed', 'reproduced', 'difference')})
 
 def _what(record):
     c = record.config
@@ -152,21 +151,19 @@ def _setting(record):
     encoder = record.provenance.get('encoder', {})
     return digest([{k: v for k, v in d.items() if k not in less} for d in (record.config, encoder)])
 
+@tabled
 def summary(table: object, # of `comparison`
            ):              # pandas DataFrame of text
     """One row a metric: in how many records it is the same to the last digit, by how much it differs otherwise, and the
     standard deviation between seeds of one setting, pooled over settings."""
-    _, _, pd = plotting()
-    rows = []
     for metric, d in table[~table.metric.str.endswith('_C')].groupby('metric', sort=False):
         gap, settings = d.difference.abs(), [s.committed for _, s in d.groupby('setting') if len(s) > 1]
         free = sum(len(s) - 1 for s in settings)
         spread = (sum(s.var()*(len(s) - 1) for s in settings)/free)**0.5 if free else None
         largest, mean = (f'{gap.max():.3g}', f'{d.difference.mean():+.3g}') if gap.notna().any() else '--'
-        rows.append({'metric': metric, 'records': str(len(d)), 'the same': str(int((gap == 0).sum())),
-                     'largest difference': largest, 'mean difference': mean,
-                     'deviation between seeds': f'{spread:.3g}' if free else ''})
-    return pd.DataFrame(rows)
+        yield {'metric': metric, 'records': str(len(d)), 'the same': str(int((gap == 0).sum())),
+               'largest difference': largest, 'mean difference': mean,
+               'deviation between seeds': f'{spread:.3g}' if free else ''}
 
 # %% ../../nbs/paper/90_reproduce.ipynb #5485ab73
 _CIRCUMSTANCES = {
