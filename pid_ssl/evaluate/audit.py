@@ -22,7 +22,7 @@ from .read import LEAST, Reader, as_images, found_normalisation, reading
 from ..pid.heads import normal_scores, told_nats
 from .spectrum import alpha_req, canonical_correlations, rankme, uniformity
 from ..models import load_encoder
-from ..records import write_whole
+from ..records import write_whole, writing
 
 # %% ../../nbs/evaluate/69_audit.ipynb #ac4e300b
 @dataclasses.dataclass(frozen=True)
