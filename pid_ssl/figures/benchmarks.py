@@ -300,22 +300,36 @@ def plot_growth_losses(losses: dict, # loss_speed
     axes[-1].legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
     return fig
 
+# %% ../../nbs/figures/89_benchmarks.ipynb #4405bb6b
 def plot_growth_steps(growth: dict, # growth_speed
                      ):             # matplotlib Figure
-    "A training step: seconds against images, pixels and width."
-    names = {'batch_size': 'images a step', 'image_size': 'pixels a side', 'projector_dim': 'width of the embedding'}
-    fig, axes = panels(1, 3, 2.2, width=2.2)
-    for ax, (key, name) in zip(axes, names.items()):
+    "Training: seconds of a step and of its arithmetic, and memory, against what grows."
+    names = {'batch_size': 'images a step', 'train_size': 'images in all', 'views': 'views of each',
+             'image_size': 'pixels a side', 'width': 'width of the net', 'projector_dim': 'width of the embedding',
+             'processes': 'processes'}
+    fig, axes = panels(2, len(names), 3.6, width=3.2, sharex='col', sharey='row')
+    for (top, bottom), (key, name) in zip(axes.T, names.items()):
         rows = growth['rows'][key]
         at = [r['value'] for r in rows]
-        for stage in ('views', 'forward', 'loss', 'backward'):
-            ax.loglog(at, [r['stages'][stage] for r in rows], 'o-', ms=3, lw=1, label=stage)
-        ax.loglog(at, [r['s_per_step'] for r in rows], 'ko-', ms=3, lw=1, label='whole step')
-        ax.set(xlabel=name)
-        _sparse_ticks(ax, at)
-    axes[0].set_ylabel('seconds')
-    axes[2].legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+        for label, style, values in _parts(rows, growth['rows']['peak']['flops_per_s']):
+            top.loglog(at, values, style, ms=3, lw=1, label=label)
+        bottom.loglog(at, [r.get('process_mb', r['peak_mb']) for r in rows], 'ko-', ms=3, lw=1)
+        bottom.set(xlabel=name)
+        _sparse_ticks(bottom, at)
+    axes[0, 0].set_ylabel('seconds a step')
+    axes[1, 0].set_ylabel('MB a process')
+    axes[0, -2].legend(frameon=False, loc='lower left', bbox_to_anchor=(2.2, 0))
     return fig
+
+def _parts(rows, peak):
+    # name, style and values of the lines of a panel
+    if 's_per_epoch' in rows[0]:
+        yield 'an epoch', 'ks--', [r['s_per_epoch'] for r in rows]
+        return
+    for stage in ('views', 'forward', 'loss', 'backward', 'optimiser'):
+        yield stage, 'o-', [r['stages'][stage] for r in rows]
+    yield 'whole step', 'ko-', [r['s_per_step'] for r in rows]
+    yield 'its arithmetic', 'k:', [r['flops']/peak for r in rows]
 
 def _sparse_ticks(ax, at):
     "The sizes that were measured, as many as there is room for."
