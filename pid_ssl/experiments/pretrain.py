@@ -171,9 +171,11 @@ def _show(state, watch):
     state.views.load_state(views)
 
 def _epoch(run, watch):
-    state, first, begin = run.state, run.group.first, time.perf_counter()
+    state, first, begin, busy = run.state, run.group.first, time.perf_counter(), time.process_time()
     row = state.epoch(run.asked)
     run.seconds += time.perf_counter() - begin
+    if state.cpu_seconds is not None:
+        state.cpu_seconds += time.process_time() - busy
     with run.group.together():
         if row is not None:
             state.history.append(row | (_measured(state, run.dataset) if first else {}))
@@ -215,6 +217,8 @@ def _finish(run, trained, notes):
         processes=run.group.size, dataset_note=data.note, images={s: len(x) for s, x in data.images.items()},
         train_seconds=round(trained, 2), images_per_second=speed, image_passes=state.image_passes(),
         resumed_after_epoch=run.first)
+    if state.device == 'cpu' and state.cpu_seconds is not None:
+        run.record.provenance['cpu_seconds'] = round(state.cpu_seconds, 2)
     end = below_control(run.record.metrics, run.config.eval_on)
     if end:
         warnings.warn(end[0])

@@ -40,7 +40,8 @@ def save_state(state: Pretraining,   # between two steps
     "Write a checkpoint and remove all but the last two; raises `StorageError`."
     epoch = len(state.history)
     header = dict(config=dataclasses.asdict(state.config), source_hash=state.source, epoch=epoch, step=state.step,
-                  history=state.history, log=[{k: v.item() for k, v in row.items()} for row in state.log])
+                  cpu_seconds=state.cpu_seconds, history=state.history,
+                  log=[{k: v.item() for k, v in row.items()} for row in state.log])
     path = save_checkpoint(Path(folder)/f'epoch-{epoch:06d}', _tensors(state), header)
     # damaged ones of later epochs, which were passed over, go too
     kept = [p for p in checkpoints(folder) if p.name <= path.name][-2:]
@@ -119,6 +120,7 @@ def _restore(state, path):
     if header.get('source_hash') not in (None, state.source):
         print(f'note: {path} was written by another version of the source')
     state.step, state.history = header['step'], header['history']
+    state.cpu_seconds = header.get('cpu_seconds')  # None: of a time before they were kept
     state.log = [{k: torch.tensor(v, device=state.device) for k, v in row.items()} for row in header['log']]
 
 def load_state(state: Pretraining,  # freshly built from the same config

@@ -287,6 +287,7 @@ class Pretraining(_Epochs):
         forward = self.embed[0] if self.relational else self.embed
         self.forward = Compiled(forward) if config.compiled else forward
         self.steps, self.step, self.history = len(self.images)//step_images(config), 0, []
+        self.cpu_seconds = 0.  # of processor time for all steps so far, on a CPU and for one process; None: not known
         self.log, self.batches = [], []  # of the epoch that is under way: terms, and statistics of the embeddings
         self.source = source_hash()
         self.amp = config.amp == 'on' or config.amp == 'auto' and device == 'cuda'
