@@ -20,8 +20,8 @@ class _Run(Checked):
     dataset: str = setting('digits', 'digits, cifar10, cifar100, stl10, tiny_imagenet, imagenette, svhn, gtsrb, '
                            'or the name of a Parquet file or folder or of an image folder, with or without labels',
                            pattern=_NAME)
-    preset: str = setting('auto', 'sizes and lengths that fit a machine; auto: digits for digits, else gpu with CUDA '
-                          'and cpu without', choices=('auto', *By._fields))
+    preset: str = setting('auto', 'sizes and lengths that fit a machine; lab: an hour or two on one core; auto: digits '
+                          'for digits, else gpu with CUDA and cpu without', choices=('auto', *By._fields))
     epochs: int = setting(None, 'passes over the training images', lo=1, hi=100_000)
     seed: int = setting(0, 'seed of weights, order and views', lo=0, hi=2**31 - 1)
     train_size: int = setting(None, 'training images, class-balanced; 0: all of them', lo=0, group='Data')
@@ -31,6 +31,9 @@ class _Run(Checked):
     probe_dataset: str = setting(None, 'labelled dataset for linear and kNN accuracies; default the training dataset, '
                                  'or no accuracies where that has no labels', pattern=_NAME)
     image_size: int = setting(None, 'pixels a side that images are resized to', lo=8, hi=512)
+    early_size: int = setting(None, 'pixels a side of the views in the first steps, which cost less then; 0: '
+                              'image_size from the start', lo=0, hi=512, absent=0)
+    early_share: float = setting(0.6, 'share of the steps with views of early_size', lo=0., hi=1.)
     batch_size: int = setting(None, 'images a step, at two views of each', lo=4, hi=65_536)
     policy: str = setting('auto', "augmentation policy of both views; auto: the dataset's",
                           choices=('auto', 'digits', 'cifar', 'cifar_weak', 'cifar_strong', 'simclr', 'byol', 'none'))
@@ -47,7 +50,7 @@ class _Run(Checked):
     lr: float = setting(None, 'peak learning rate', lo=1e-8, hi=100.)
     weight_decay: float = setting(None, 'weight decay, not applied to biases and normalisation', lo=0., hi=10.)
     warmup: float = setting(0.1, 'share of the steps spent warming up', lo=0., hi=0.9)
-    amp: str = setting('auto', 'bfloat16 autocast; auto: on CUDA only', choices=('auto', 'on', 'off'))
+    amp: str = setting(None, 'bfloat16 autocast; auto: on CUDA only', choices=('auto', 'on', 'off'), absent='auto')
 
 # %% ../../nbs/config/05_run.ipynb #26906849
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +86,10 @@ class Config(_Machine, _Knobs, _Run):  # dataclasses take the fields of the last
 # %% ../../nbs/config/05_run.ipynb #de3a3211
 def reads(config: Config, # any config
           name: str,      # a field's name
-         ) -> bool:       # does the chosen loss read it?
-    "Whether the loss of `config` reads the field `name`."
+         ) -> bool:       # does the run read it?
+    "Whether the loss of `config` reads the field `name`; a share of no steps is read by none."
+    if name == 'early_share':
+        return bool(config.early_size)
     form = config.form or KNOBS['form'].metadata['absent']
     return name not in KNOBS or name in LOSS_TABLE[config.loss].names(form)
 
@@ -101,10 +106,13 @@ _SIZES = {
                 projector_hidden=256, projector_dim=128),
     'gpu': dict(encoder='resnet18', width=64, image_size=32, train_size=0, epochs=100, batch_size=512,
                 projector_hidden=2048, projector_dim=512),
+    'lab': dict(encoder='small', width=64, image_size=32, train_size=0, epochs=30, batch_size=256, projector_hidden=512,
+                projector_dim=512, projector_layers=3, optimizer='muon', lr=0.02, amp='on'),
 }
-_COMMON = dict(projector_layers=2, optimizer='adamw', lr=2e-3, weight_decay=1e-4)
+_COMMON = dict(projector_layers=2, optimizer='adamw', lr=2e-3, weight_decay=1e-4, amp='auto',
+               early_size=0)
 
-def preset_values(preset: str,    # digits, cpu or gpu
+def preset_values(preset: str,    # digits, cpu, gpu or lab
                   loss: str = '', # none: what all losses share
                  ) -> dict:       # field -> value
     "The values that a preset gives to the fields left open."
@@ -137,6 +145,9 @@ def resolve(config: Config,            # validated, fields may be None
 
 def _disagreements(c):
     # a field, whether it does not fit the others, and what would
+    smaller = 8 <= c.early_size <= c.image_size and c.policy != 'none' and c.head == 'pooled'
+    yield ('early_size', c.early_size and not smaller,
+           f'0, or from 8 to image_size = {c.image_size}, with a policy that draws something and head pooled')
     yield 'batch_size', c.train_size and c.batch_size > c.train_size, f'at most train_size = {c.train_size}'
     if reads(c, 'whitening_size'):
         least = 2*c.projector_dim

@@ -16,8 +16,9 @@ from .fields import check, setting
 class By(NamedTuple):
     "A value that the presets do not share."
     digits: object # in the embedded demonstration
-    cpu: object    # in an hour on a CPU
+    cpu: object    # in minutes on a CPU
     gpu: object    # on a GPU
+    lab: object    # in an hour or two on a CPU
 
 def knob(name: str,              # the field of `Config`, and the argument of the loss
          kind: type,             # str, int, float or bool
@@ -47,8 +48,8 @@ _KNOBS = [
     knob('views', int, 'views of each image; a step takes 2 batch_size / views images, so that its image passes stay',
          presets=2, lo=2, hi=16, absent=2, argument=False),
     # 0.5 on a GPU: there a weight of 2 gains in transfer and loses by kNN and with few labels, 0.5 loses nowhere
-    knob('w_s', float, 'weight of the nats that a pair of views tells of its relation', presets=By(2., 2., 0.5), own=2.,
-         lo=0., hi=1e4),
+    knob('w_s', float, 'weight of the nats that a pair of views tells of its relation', presets=By(2., 2., 0.5, 2.),
+         own=2., lo=0., hi=1e4),
     knob('w_u', float, 'weight of the nats that single views tell of their own parameters', 0., lo=0., hi=1e4),
     knob('tells', str, 'what a pair is to tell: the relation; or all, the parameters of each view and the relation',
          'all', choices=('relation', 'all'), argument=False),
@@ -66,7 +67,7 @@ _KNOBS = [
          choices=('coordinate', 'gaussian', 'infonce'), absent='coordinate'),
     knob('shrinkage', float, 'eps in r -> (1 - eps) r, the guard of the log terms', presets=0.01, lo=1e-6, hi=0.5),
     knob('decorrelation', float, 'weight of feature redundancy (off-diagonal correlations)',
-         presets=By(0.02, 0.1, 0.02), own=0.02, lo=0., hi=1e4),
+         presets=By(0.02, 0.1, 0.02, 0.02), own=0.02, lo=0., hi=1e4),
     knob('reduction', str, 'sum or mean of the informations over coordinates', 'sum', choices=('sum', 'mean')),
     knob('covariance_momentum', float, 'momentum of running correlations; 0: those of the batch', presets=0.9,
          lo=0., hi=0.999, absent=0.),
@@ -88,10 +89,10 @@ _KNOBS = [
          absent=0., argument=False),
     knob('phase_one', str, 'objective of pid in the redundancy phase: Barlow Twins, or L_beta with beta -1',
          presets='beta', choices=('barlow', 'beta'), absent='beta'),
-    knob('lambda_param', float, "weight of Barlow Twins' off-diagonal term", presets=By(0.05, 0.1, 0.02), own=5e-3,
-         lo=0., hi=1e4),
+    knob('lambda_param', float, "weight of Barlow Twins' off-diagonal term", presets=By(0.05, 0.1, 0.02, 0.02),
+         own=5e-3, lo=0., hi=1e4),
     knob('whitening_size', int, 'sub-batch in which W-MSE whitens; at least twice projector_dim',
-         presets=By(64, 128, 128), own=128, lo=4),
+         presets=By(64, 128, 128, 128), own=128, lo=4),
     knob('whitening_iters', int, 'random sub-batch partitions averaged by W-MSE (Ermolov et al. 2021)', 1, lo=1, hi=64),
     knob('temperature', float, 'NT-Xent temperature (Chen et al. 2020, CIFAR-10)', 0.5, lo=1e-3, hi=100.),
     knob('sim_coeff', float, 'VICReg invariance weight (Bardes et al. 2022)', 25., lo=0.),
@@ -144,7 +145,7 @@ class Loss:
 
 # %% ../../nbs/config/04_tables.ipynb #5f0c1a2e
 # whitening needs sub-batches of at least twice the dimension (Ermolov et al. 2021 use d = 64 on CIFAR)
-_WHITENED = By(32, 64, 64)
+_WHITENED = By(32, 64, 64, 64)
 _SHOWN = ('views', 'w_s')
 _PHASES = ('form', 'redundancy_phase', 'anneal')
 _TEACHER = ('target', 'ema_momentum')

@@ -9,7 +9,7 @@ __all__ = ['CANDIDATES', 'pixel_oracle']
 import math
 import torch
 from .parameters import BITS, own, relation
-from .views import POLICIES, Policy, draw_view, render
+from .views import Policy, draw_view, find_policy, render
 
 # %% ../../nbs/data/39_oracle.ipynb #2dcd9153
 def _turned(theta, by):
@@ -85,7 +85,7 @@ def pixel_oracle(images: torch.Tensor, # (n, c, side, side) uint8
                  seed: int = 0,        # of the views
                 ) -> dict:             # name -> nats told of a view's own parameter, and of what lies between two views
     "What an oracle with the clean image tells of each parameter of a view, the view's other parameters known."
-    policy = POLICIES[policy] if isinstance(policy, str) else policy
+    policy = find_policy(policy)
     g, x = torch.Generator().manual_seed(seed), images.float()/255
     sample = draw_view(65_536, policy, g, x.shape[1], x.shape[-1])[0]
     names = list(own(sample, policy))

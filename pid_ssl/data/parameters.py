@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 import torch
 from ..config import require_value
-from .views import POLICIES, Policy, draw_view, identity_view
+from .views import Policy, draw_view, find_policy, identity_view
 
 # %% ../../nbs/data/39_parameters.ipynb #bdded6c3
 BITS = ('flip', 'gray', 'solarize')
@@ -102,7 +102,7 @@ def relation_table(policy: str | Policy,     # or a name in `POLICIES`
                    draws: int = 65_536,      # that means and variances are taken from
                   ) -> dict:                 # name -> `Column`
     "What the policy's parameters are, one column each; those that never change are left out."
-    policy = POLICIES[policy] if isinstance(policy, str) else policy
+    policy = find_policy(policy)
     g = torch.Generator().manual_seed(0)
     omegas = [draw_view(draws, policy, g, channels, side)[0] for _ in range(2)]
     out = {}

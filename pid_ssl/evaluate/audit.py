@@ -22,7 +22,7 @@ from .read import LEAST, Reader, as_images, found_normalisation, reading
 from ..pid.heads import normal_scores, told_nats
 from .spectrum import alpha_req, canonical_correlations, rankme, uniformity
 from ..models import load_encoder
-from ..records import write_bytes, writing
+from ..records import write_whole, writing
 
 # %% ../../nbs/evaluate/69_audit.ipynb #ac4e300b
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +107,7 @@ class Audit:
              path: str | Path, # of a JSON file
             ) -> None:
         "Write the record; raises `StorageError`."
-        with writing(path):
-            write_bytes(path, (json.dumps(self.record(), indent=1) + '\n').encode())
+        write_whole(path, (json.dumps(self.record(), indent=1) + '\n').encode())
 
     def table(self): # pandas DataFrame: a row a target, in bits
         "What is told of each target; low and high are ends of 95 % intervals."

@@ -81,6 +81,17 @@ def check_labels(labels: dict,              # split -> (n,) integers
 # inverse strength C per 10,000 images, a decade apart; every record keeps the one chosen
 L2_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.)
 
+def _standardised(features, some=256):
+    # by the mean and spread of the training features, some columns at a time: float64 takes twice the memory
+    out = {s: np.empty(v.shape, np.float32) for s, v in features.items()}
+    for columns in (slice(i, i + some) for i in range(0, features['train'].shape[1], some)):
+        x = {s: np.asarray(v[:, columns], np.float64) for s, v in features.items()}
+        mean, std = x['train'].mean(0), x['train'].std(0)
+        std[std < 1e-8] = 1.
+        for s in out:
+            out[s][:, columns] = (x[s] - mean)/std
+    return out
+
 def linear_probe(features: dict,          # 'train', 'val' and the evaluation split -> (n, f)
                  labels: dict,            # the same -> (n,)
                  split: str = 'test',     # measured on
@@ -88,10 +99,7 @@ def linear_probe(features: dict,          # 'train', 'val' and the evaluation sp
     """Multinomial logistic regression on standardised features.
     The L2 strength is chosen on all validation labels, however few the training labels are."""
     check_labels(labels)
-    x, labels = ({s: np.asarray(v, kind) for s, v in d.items()} for d, kind in ((features, np.float64), (labels, None)))
-    mean, std = x['train'].mean(0), x['train'].std(0)
-    std[std < 1e-8] = 1.
-    x = {s: ((v - mean)/std).astype(np.float32) for s, v in x.items()}
+    x, labels = _standardised(features), {s: np.asarray(v) for s, v in labels.items()}
     best = (-1.,)
     from sklearn.linear_model import LogisticRegression
     model = LogisticRegression(C=L2_STRENGTHS[0], max_iter=200, tol=1e-3, warm_start=True)

@@ -315,8 +315,7 @@ def run_controlled(config: ControlledConfig, # what to run
 
     def work(record):
         train = data.images[data.rows('train')].float()/255
-        views = ViewMaker('none', train.mean((0, 2, 3)), train.std((0, 2, 3)), c.seed)
-        views.policy = POLICY
+        views = ViewMaker(POLICY, train.mean((0, 2, 3)), train.std((0, 2, 3)), c.seed)
         print(f'run {record.run_id}: {c.arm}, {c.pairing} pairs, seed {c.seed}, {c.steps} steps', flush=True)
         model = build_arm(c)
         for row in _trained(model, data, views):

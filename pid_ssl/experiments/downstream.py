@@ -132,9 +132,7 @@ class Measured:
               seed: int = 0,                 # of its generator
              ) -> ViewMaker:
         "Views as the encoder knows them."
-        views = ViewMaker('none', self.mean, self.std, seed, self.device)
-        views.policy = POLICIES[policy] if isinstance(policy, str) else policy
-        return views
+        return ViewMaker(policy, self.mean, self.std, seed, self.device)
 
     def options(self) -> dict: # field name -> value
         "What this task reads and not every task does, less what images and views are made from."

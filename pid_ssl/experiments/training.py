@@ -193,6 +193,11 @@ class _Schedule(_Batch):
             end = c.synergy_end if reads(c, 'synergy_end') else 1.
             self.loss.strength = synergy_strength(self.step, self.steps*c.epochs, c.redundancy_phase, c.anneal, end)
 
+    def view_side(self) -> int | None: # None: of the images
+        "Pixels a side of the views of the step to come."
+        c = self.config
+        return c.early_size if c.early_size and self.step < round(c.early_share*self.steps*c.epochs) else None
+
     def image_passes(self) -> int: # forward counts 1, backward 2
         "Image passes of the whole run: the unit in which objectives are compared at equal compute."
         c, total, now = self.config, self.steps*self.config.epochs, self.step
@@ -219,6 +224,7 @@ class _Epochs(_Schedule):
             for group in self.optimizer.param_groups:
                 group['lr'] = lr
             self.set_strength()
+            self.views.side = self.view_side()
             try:
                 loss = self.batch_loss(images)
             except ConfigError:

@@ -7,7 +7,7 @@ __all__ = ['CHECKPOINT_FORMAT', 'CheckpointError', 'Kind', 'PRETRAINING', 'Recor
            'RunRecord', 'STATUSES', 'StopSignals', 'StorageError', 'check_folder', 'checkpoint_folder', 'device_name',
            'find_record', 'git_state', 'home_folder', 'load_checkpoint', 'load_record', 'load_records', 'lock_run',
            'other_data', 'other_lengths', 'peak_memory', 'provenance', 'read_json', 'recorded_config',
-           'remove_checkpoint', 'repair_checkpoints', 'run_id', 'runs_folder', 'save_checkpoint', 'write_bytes',
+           'remove_checkpoint', 'repair_checkpoints', 'run_id', 'runs_folder', 'save_checkpoint', 'write_whole',
            'writing']
 
 # %% ../../nbs/records/20_records.ipynb #41aca6b3
@@ -18,11 +18,11 @@ from .record import (STATUSES, RecordError, RunRecord, device_name, git_state, l
                                     peak_memory, provenance, recorded_config, run_id)
 from .signals import RunInterrupted, StopSignals
 from .storage import (CHECKPOINT_FORMAT, CheckpointError, StorageError, check_folder,
-    load_checkpoint, read_json, remove_checkpoint, repair_checkpoints, save_checkpoint, write_bytes, writing)
+    load_checkpoint, read_json, remove_checkpoint, repair_checkpoints, save_checkpoint, write_whole, writing)
 
 _all_ = ['CHECKPOINT_FORMAT', 'CheckpointError', 'Kind', 'PRETRAINING', 'RecordError', 'RunInterrupted', 'RunLocked',
          'RunRecord', 'STATUSES', 'StopSignals', 'StorageError', 'check_folder', 'checkpoint_folder',
          'device_name', 'find_record', 'git_state', 'home_folder', 'load_checkpoint', 'load_record',
          'load_records', 'lock_run', 'other_data', 'other_lengths', 'peak_memory', 'provenance', 'read_json',
          'recorded_config', 'remove_checkpoint', 'repair_checkpoints', 'run_id', 'runs_folder',
-         'save_checkpoint', 'write_bytes', 'writing']
+         'save_checkpoint', 'write_whole', 'writing']

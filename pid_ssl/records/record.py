@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 import torch
 from ..config import Config, ConfigError, digest, from_dict, identity, project_root, require, source_hash
-from .storage import read_json, write_bytes, writing
+from .storage import read_json, write_whole
 
 # %% ../../nbs/records/26_record.ipynb #dcc5e371
 def run_id(config: Config,      # resolved
@@ -44,19 +44,11 @@ class RunRecord:
              folder: str | Path, # of records
             ) -> Path:           # the file
         "Write the file whole or not at all; raises `ValueError` on NaN and infinity, `StorageError` from the disk."
-        folder = Path(folder)
         value = dataclasses.asdict(self)
         value['provenance']['checksum'] = _checksum(value)
         text = json.dumps(value, indent=1, allow_nan=False) + '\n'
-        path = folder/f'{self.run_id}.json'
-        tmp = path.with_suffix(f'.tmp-{os.getpid()}')
-        with writing(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                write_bytes(tmp, text.encode())
-                os.replace(tmp, path)
-            finally:
-                tmp.unlink(missing_ok=True)
+        path = Path(folder)/f'{self.run_id}.json'
+        write_whole(path, text.encode())
         return path
 
 # %% ../../nbs/records/26_record.ipynb #82103ae7

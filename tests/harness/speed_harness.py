@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -118,9 +119,11 @@ class Clock:
 
 
 def ours(net, steps, amp="off", **other):
-    """The package's own loop, timed as a whole; then the same step taken apart."""
+    """The package's own loop, timed as a whole; then the same step taken apart, and what it computes counted."""
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
+    from pid_ssl.config import step_images
     from pid_ssl.experiments.training import Pretraining
 
     torch.set_num_threads(THREADS)
@@ -132,24 +135,53 @@ def ours(net, steps, amp="off", **other):
     start = time.perf_counter()
     state.epoch()
     whole = (time.perf_counter() - start) / steps
-    layout, rows = dict(memory_format=torch.channels_last), torch.arange(other.get("batch_size", BATCH))
+    layout, rows = dict(memory_format=torch.channels_last), torch.arange(step_images(c))
     clock = Clock()
     for _ in range(max(2, steps // 2)):
         clock.last = time.perf_counter()
         batch = state.images[rows]
-        v = torch.cat([state.views(batch), state.views(batch)])
+        v = torch.cat([state.views(batch) for _ in range(state.peers)])
         clock("views")
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=state.amp):
-            z1, z2 = state.embed(v.contiguous(**layout)).chunk(2)
+            z = state.embed(v.contiguous(**layout)).chunk(state.peers)
         clock("forward")
-        loss = state.loss(z1, z2)
+        loss = state.loss(*z) if state.peers == 2 else state.loss(z)
         clock("loss")
         state.optimizer.zero_grad()
         loss.backward()
         clock("backward")
         state.optimizer.step()
         clock("optimiser")
-    return dict(s_per_step=whole, stages={k: median(v) for k, v in clock.seconds.items()})
+    with FlopCounterMode(display=False) as counted:
+        state.batch_loss(batch).backward()
+    return dict(s_per_step=whole, stages={k: median(v) for k, v in clock.seconds.items()},
+                flops=counted.get_total_flops())
+
+
+def peak():
+    """Float32 operations a second of this processor in its best case, a product of large matrices."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    a = torch.randn(2048, 2048)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return dict(flops_per_s=2 * 2048**3 / min(times))
+
+
+def epoch(processes):
+    """Seconds of an epoch of the CPU net by processes of one thread each, started by torchrun, and memory of one."""
+    c = ["--loss", "barlow", "--dataset", "cifar10", "--preset", "cpu", "--epochs", "2", "--threads", "1"]
+    with tempfile.TemporaryDirectory() as home:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        subprocess.run([sys.executable, *launch, "-m", "pid_ssl.trainers", *c, "--home", home], check=True,
+                       capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        record = json.loads(next(Path(home).glob("data/runs/*.json")).read_text())
+    about = record["provenance"]
+    return dict(s_per_epoch=about["train_seconds"] / 2, process_mb=round(about["peak_memory_bytes"] / 2**20))
 
 
 def lightly_recipe(net, steps, workers=WORKERS, threads=THREADS):
@@ -287,10 +319,13 @@ def train():
 
 
 def growth():
-    """Seconds a step of the CPU net by one setting at a time."""
-    settings = dict(batch_size=(64, 128, 256, 512, 1024), image_size=(16, 32, 64), projector_dim=(64, 128, 512, 2048))
+    """Seconds a step of the CPU net by one setting at a time, and beside them the processor's best and an epoch's."""
+    settings = dict(batch_size=(64, 128, 256, 512, 1024), image_size=(16, 32, 64), projector_dim=(64, 128, 512, 2048),
+                    views=(2, 4, 8, 16), width=(16, 32, 64, 128), train_size=(1280, 5120, 20_480, 45_000))
     timed = lambda k, v: dict(value=v, **child(f"ours('CPU net', 5, {k}={v})"))
-    return {k: [timed(k, v) for v in values] for k, values in settings.items()}
+    return {**{k: [timed(k, v) for v in values] for k, values in settings.items()},
+            "processes": [dict(value=n, **child(f"epoch({n})")) for n in range(1, THREADS + 1)],
+            "peak": child("peak()")}
 
 
 def provenance():
