@@ -55,7 +55,7 @@ def measures(records: list, # of `downstream`
     rows, claims, place = [], [], ['trained', 'method', 'seed', 'measure']
     for trained, r in by_training(records):
         c = r.config
-        for i, (measure, value) in enumerate(_measures(r, trained).items()):
+        for i, (measure, value) in enumerate(_measures(r, trained)):
             order = list(TASK_TABLE).index(c['task']), c['dataset'] != trained, c['dataset'], c['fraction'], i
             claims.append(((trained, measured_by(r), r.provenance['encoder'].get('seed', 0), measure), r))
             rows.append((*claims[-1][0], value, order))
@@ -64,19 +64,18 @@ def measures(records: list, # of `downstream`
     return out.sort_values(['trained', 'order', 'method', 'seed']).reset_index(drop=True)
 
 def _measures(record, trained):
-    "Label -> the number below it."
+    "Pairs of a label and the number below it."
     c, pct = record.config, f"{100*record.config['fraction']:g}"
     name = SHORT.get(c['dataset'], c['dataset'])
     words = dict(data=name, set=re.sub(r'-\d+$', '', c['dataset']), share=f'{pct} %', pct=pct)
-    found, out = {metric_end(k): v for k, v in record.metrics.items() if k.startswith(f"{c['eval_on']}_")}, {}
+    found = {metric_end(k): v for k, v in record.metrics.items() if k.startswith(f"{c['eval_on']}_")}
     for label, ends in TASK_TABLE[c['task']].measures.items():
         there = '' if '{data}' in label or c['dataset'] == trained else f', {name}'
         keys = [end.format(**words) for end in ends]
         if lost := [f"{c['eval_on']}_{k}" for k in keys if k not in found]:
             raise ValueError(f"record {record.run_id}: no metric {lost[0]} among {', '.join(record.metrics)}; "
                              f"accepted: a record of task {c['task']} as `run_downstream` writes it")
-        out[label.format(**words) + there] = float(np.mean([found[k] for k in keys]))
-    return out
+        yield label.format(**words) + there, float(np.mean([found[k] for k in keys]))
 
 def one_each(claims: list, # of (what a cell of a table stands for, record); one that is listed twice is one
             ) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GALLERY', 'HEAD', 'MEASURED', 'ARMS', 'committed_rows', 'fill_markers', 'fill_notebook', 'figures_page',
-           'records_page', 'pages', 'write_pages', 'drift']
+           'records_page', 'stale', 'write_pages', 'drift']
 
 # %% ../../nbs/figures/81_listings.ipynb #855935c6
 import csv, json, re
@@ -162,26 +162,24 @@ def _index(rows, by, **counted):
     return markdown_table(rows.groupby(by).agg(**counted).reset_index().astype(str)).rstrip()
 
 # %% ../../nbs/figures/81_listings.ipynb #97d8d5fd
-def pages(root: Path, # of the project
+def stale(root: Path, # of the project
          ) -> dict:   # path -> the text that belongs there
-    "The two generated pages, and README and notebooks with their markers filled."
+    "What is not up to date of the two generated pages, and of README and notebooks, whose markers are filled."
     figures, data, readme = root/'figures', root/'data', root/'README.md'
     out = {figures/'README.md': figures_page(read_manifest(figures)), data/'README.md': records_page(data)}
     if readme.is_file():
         out[readme] = fill_markers(readme.read_text(), figures)
-    return out | {p: fill_notebook(p, figures) for p in sorted((root/'nbs').rglob('*.ipynb'))}
-
-def _stale(root):
-    return {p: text for p, text in pages(root).items() if not p.is_file() or p.read_text() != text}
+    out |= {p: fill_notebook(p, figures) for p in sorted((root/'nbs').rglob('*.ipynb'))}
+    return {p: text for p, text in out.items() if not p.is_file() or p.read_text() != text}
 
 def write_pages(root: str | Path | None = None, # default the project's
                ) -> list:                       # of the paths that have changed
     "Write what is not up to date."
-    stale = _stale(Path(root or project_root()))
-    for path, text in stale.items():
+    changed = stale(Path(root or project_root()))
+    for path, text in changed.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return list(stale)
+    return list(changed)
 
 def drift(root: str | Path | None = None, # default the project's root
          ) -> list:                       # of sentences; empty when all is well
@@ -192,4 +190,4 @@ def drift(root: str | Path | None = None, # default the project's root
     there = {p.relative_to(gallery.folder).as_posix() for p in gallery.folder.rglob('*') if p.is_file()}
     return [*(f'figures/{f} is not what the manifest says' for name in gallery.manifest for f in gallery.changed(name)),
             *(f'figures/{f} is not in the manifest' for f in sorted(there - known)),
-            *(f'{p.relative_to(root).as_posix()} has other numbers than figures/ and data/' for p in _stale(root))]
+            *(f'{p.relative_to(root).as_posix()} has other numbers than figures/ and data/' for p in stale(root))]

@@ -18,18 +18,16 @@ def plot_run(record: RunRecord, # its config and history
     fig, (left, middle, right) = panels(1, 3, 2.3, width=2.9)
     h = plotting()[2].DataFrame(record.history).set_index('epoch')
     left.plot(h.loss, color='k')
-    left.set_ylabel(f"{LOSS_TABLE[record.config['loss']].title} loss")
     for k in [k for k in h if k not in ('lr', 'loss') and not k.startswith('val_')]:
         top = max(1e-12, h[k].abs().max())  # a term of the second phase starts late
         middle.plot(h[k]/top, label=f'{k} / {top:.3g}')
-    middle.set_ylabel('terms, by their largest value')
     middle.legend(frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     for atom, style in {'redundancy': '-', 'synergy': '-', 'unique1': '--', 'unique2': ':'}.items():
         right.plot(h[f'{TRACE}_{atom}'], style, label=METRICS[f'pid_coordinate_{atom}'].title)
-    right.set_ylabel('nats per coordinate')
     right.legend(frameon=False)
-    for ax in fig.axes:
-        ax.set_xlabel('epoch')
+    labels = f"{LOSS_TABLE[record.config['loss']].title} loss", 'terms, by their largest value', 'nats per coordinate'
+    for ax, label in zip(fig.axes, labels):
+        ax.set(xlabel='epoch', ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
