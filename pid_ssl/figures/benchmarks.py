@@ -129,7 +129,8 @@ def view_speed_table(record: dict, # view_speed
         ratios = {'pid_ssl': turns([a/b for a, b in zip(rate['pid_ssl'], rate[best])], 1)}
         for side, v in rate.items():
             yield {'policy': policy, 'side': side, 'images a second': turns(v, 0),
-                   'ratio to the faster of the others': ratios.get(side, ''), 'peak MB': _peak(sides[side])}
+                   'ratio to the faster of the others': ratios.get(side, ''),
+                   'peak MB': str(max(r['peak_mb'] for r in sides[side]))}
 
 @tabled
 def train_speed_table(record: dict, # train_speed
@@ -143,11 +144,8 @@ def train_speed_table(record: dict, # train_speed
                       for k in ('views', 'forward', 'loss', 'backward', 'optimiser')}
             yield {'network': net, 'side': side, 'ms a step': turns([1e3*x for x in v], 0),
                    "lightly's time by ours": ratio, **{k: f'{ms:.0f}' for k, ms in stages.items()},
-                   'peak MB': _peak(sides[side])}
+                   'peak MB': str(max(r['peak_mb'] for r in sides[side]))}
     yield {'network': 'ResNet-18', 'side': 'a CUDA GPU', 'ms a step': 'not measured'}
-
-def _peak(turns):
-    return str(max(r['peak_mb'] for r in turns))
 
 def eval_speed_table(record: dict, # eval_speed
                     ):             # pandas DataFrame of text
