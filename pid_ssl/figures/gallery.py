@@ -58,7 +58,7 @@ def read_manifest(folder: str | Path | None = None, # default the project's figu
 # %% ../../nbs/figures/81_gallery.ipynb #a975dff5
 # of a record's provenance
 READ = ('train_seconds', 'cpu_seconds', 'image_passes', 'images', 'threads', 'device', 'device_name', 'dataset_note',
-        'encoder')
+        'encoder', 'peak_memory_bytes')
 
 def style_of(*functions: Callable, # that draw or describe
             ) -> str:              # a hash
