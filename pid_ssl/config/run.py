@@ -106,8 +106,8 @@ _SIZES = {
                 projector_hidden=256, projector_dim=128),
     'gpu': dict(encoder='resnet18', width=64, image_size=32, train_size=0, epochs=100, batch_size=512,
                 projector_hidden=2048, projector_dim=512),
-    'lab': dict(encoder='small', width=64, image_size=32, train_size=0, epochs=30, batch_size=256, projector_hidden=512,
-                projector_dim=512, projector_layers=3, optimizer='muon', lr=0.02, amp='on'),
+    'lab': dict(encoder='small', width=64, image_size=32, early_size=24, train_size=0, epochs=30, batch_size=128,
+                projector_hidden=512, projector_dim=512, projector_layers=3, optimizer='muon', lr=0.02, amp='on'),
 }
 _COMMON = dict(projector_layers=2, optimizer='adamw', lr=2e-3, weight_decay=1e-4, amp='auto',
                early_size=0)

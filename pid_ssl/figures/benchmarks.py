@@ -302,21 +302,23 @@ def plot_growth_losses(losses: dict, # loss_speed
 def plot_growth_steps(growth: dict, # growth_speed
                      ):             # matplotlib Figure
     "Training: seconds of a step and of its arithmetic, and memory, against what grows."
-    names = {'batch_size': 'images a step', 'train_size': 'images in all', 'views': 'views of each',
-             'image_size': 'pixels a side', 'width': 'width of the net', 'projector_dim': 'width of the embedding',
+    names = {'batch_size': 'images a step', 'train_size': 'thousand images', 'views': 'views of each',
+             'image_size': 'pixels a side', 'width': "the net's width", 'projector_dim': "the embedding's",
              'processes': 'processes'}
     fig, axes = panels(2, len(names), 3.6, width=3.2, sharex='col', sharey='row')
     for (top, bottom), (key, name) in zip(axes.T, names.items()):
         rows = growth['rows'][key]
-        at = [r['value'] for r in rows]
+        at = [r['value']/(1000 if key == 'train_size' else 1) for r in rows]
         for label, style, values in _parts(rows, growth['rows']['peak']['flops_per_s']):
             top.loglog(at, values, style, ms=3, lw=1, label=label)
-        bottom.loglog(at, [r.get('process_mb', r['peak_mb']) for r in rows], 'ko-', ms=3, lw=1)
+        bottom.semilogx(at, [r.get('process_mb', r['peak_mb'])/1000 for r in rows], 'ko-', ms=3, lw=1)
         bottom.set(xlabel=name)
         _sparse_ticks(bottom, at)
     axes[0, 0].set_ylabel('seconds a step')
-    axes[1, 0].set_ylabel('MB a process')
-    axes[0, -2].legend(frameon=False, loc='lower left', bbox_to_anchor=(2.2, 0))
+    axes[1, 0].set_ylabel('GB a process')
+    axes[1, 0].set_ylim(0, None)
+    lines = [*axes[0, 0].lines, *axes[0, -1].lines]
+    axes[0, -1].legend(handles=lines, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 
 def _parts(rows, peak):
@@ -333,4 +335,4 @@ def _sparse_ticks(ax, at):
     "The sizes that were measured, as many as there is room for."
     shown = at[::-(-len(at)//4)]
     ax.minorticks_off()
-    ax.set_xticks(shown, [f'{x:g}' for x in shown])
+    ax.set_xticks(shown, [f'{x:.3g}' if x < 100 else f'{x:g}' for x in shown])

@@ -7,7 +7,7 @@ __all__ = ['READ', 'DataFile', 'data_file', 'read_manifest', 'style_of', 'input_
            'committed']
 
 # %% ../../nbs/figures/81_gallery.ipynb #4ac8a1f0
-import hashlib, inspect, json, os, re
+import hashlib, inspect, json, re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..config import LOSS_TABLE, digest, project_root, require
 from ..data.images import file_hash
 from .base import markdown_table, plotting
 from .frames import caption
-from ..records.storage import read_json
+from ..records.storage import read_json, write_whole
 
 # %% ../../nbs/figures/81_gallery.ipynb #5b470899
 @dataclass(frozen=True)
@@ -160,9 +160,7 @@ class Gallery:
         "Write the manifest, in the order of the notebook, dropping entries of it that were not added again."
         others = {k: v for k, v in self.manifest.items() if v['notebook'] != self.notebook}
         self.manifest = others | {k: self.manifest[k] for k in self.seen}
-        tmp = self.folder/f'manifest.tmp-{os.getpid()}'
-        tmp.write_text(json.dumps(self.manifest, indent=1) + '\n')
-        os.replace(tmp, self.folder/'manifest.json')
+        write_whole(self.folder/'manifest.json', (json.dumps(self.manifest, indent=1) + '\n').encode())
         return self.rebuilt
 
 # %% ../../nbs/figures/81_gallery.ipynb #bc4095ba
