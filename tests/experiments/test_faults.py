@@ -85,7 +85,10 @@ def test_signal_saves_and_stops(number, status, run, whole):
     assert got == 0 and "resumed after epoch 1, step 1" in text and run.faults(whole) == []
 
 
-@pytest.mark.parametrize("given", [dict(optimizer="sgd", form="relation"), dict(optimizer="muon")], ids=str)
+LAB = dict(optimizer="muon", amp="on", image_size=16, early_size=8, early_share=0.5)  # of the lab preset
+
+
+@pytest.mark.parametrize("given", [dict(optimizer="sgd", form="relation"), LAB], ids=str)
 def test_every_optimizer_is_put_back(given, tmp_path):
     """AdamW, and a teacher instead of the relation's heads, are what all other tests use."""
     whole, points = undisturbed(tmp_path, **given)
