@@ -6,17 +6,17 @@
 __all__ = ['AUDIT_IMAGES', 'AUDIT_SEED', 'epoch_line', 'pretrain', 'parse_args', 'command']
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #e53df9fe
-import contextlib, dataclasses, json, math, os, sys, time, warnings
+import contextlib, dataclasses, math, os, sys, time, warnings
 from collections.abc import Callable
 import torch
 from tqdm import tqdm
-from ..config import Config, digest, read_args, resolve, source_hash, step_images, unread
+from ..config import Config, read_args, resolve, step_images, unread
 from ..data import Dataset, ViewMaker
 from ..evaluate import calibrate_batchnorm, evaluate_encoder, extract_features, pid_audit, raw_pixels
 from ..evaluate.spectrum import rankme
 from ..records import (PRETRAINING, CheckpointError, RunLocked, RunRecord, StopSignals, StorageError,
-    checkpoint_folder, home_folder, load_checkpoint, lock_run, other_data, other_lengths, read_json, remove_checkpoint,
-    run_id, save_checkpoint, write_whole)
+    checkpoint_folder, load_checkpoint, lock_run, other_data, other_lengths, raw_before, remove_checkpoint, run_id,
+    save_checkpoint)
 from .collapse import LOOK, below_control, collapsed, readings, spectrum, untrained_spectrum
 from .experiment import Experiment, warn_unread
 from .processes import Processes, check_processes, join_processes, leave_when_stuck
@@ -57,20 +57,10 @@ def _audit(state, dataset, images):
     config = state.config
     return pid_audit(state.embed, images, ViewMaker(config.policy, dataset.mean, dataset.std, AUDIT_SEED, state.device))
 
-def _of_pixels(config, probe):
-    # measured once for the same images by the same code: at 32 px it takes minutes
-    shapes = {s: list(x.shape) for s, x in probe.images.items()}
-    about = dict(content=probe.content_hash, shapes=shapes, split=config.eval_on, code=source_hash())
-    path = home_folder(config)/'data'/'cache'/f'raw_pixels-{digest(about)}.json'
-    if path.exists():
-        return read_json(path, 'what raw pixels give (remove it and it is measured again)', StorageError)
-    found = raw_pixels(probe, config.eval_on)
-    write_whole(path, json.dumps(found).encode())
-    return found
-
 def _final_metrics(state: Pretraining, # trained
                   dataset: Dataset,   # with the split that is measured
                   probe: Dataset | None, # with the labels, if there are any
+                  before: dict,       # what raw pixels gave in another run on the same images, if anything
                  ) -> dict:           # name -> number
     """What is read of the encoder, of the untrained network and of raw pixels, and the atoms; without labels how many
     directions the features of the two use. Raises `NonFiniteLoss`."""
@@ -83,7 +73,7 @@ def _final_metrics(state: Pretraining, # trained
             metrics[f'{prefix}{split}_rankme'] = rankme(extract_features(encoder, dataset.images[split], state.views))
         else:
             metrics |= evaluate_encoder(encoder, probe, state.views, split, prefix)
-    metrics |= {} if probe is None else _of_pixels(c, probe)
+    metrics |= {} if probe is None else before or raw_pixels(probe, split)
     metrics |= {f'{split}_{k}': v for k, v in _audit(state, dataset, dataset.images[split]).items()}
     _require_finite(c, 'final evaluation', metrics)
     return metrics
@@ -296,7 +286,7 @@ def _pretrain(config, asked, device, watch, start):
             if not group.first:
                 return None
             trained = time.perf_counter() - experiment.start
-            run.record.metrics = _final_metrics(run.state, dataset, probe)
+            run.record.metrics = _final_metrics(run.state, dataset, probe, raw_before(config, run.record))
         except NonFiniteLoss as e:
             if group.first:
                 experiment.failed(e)

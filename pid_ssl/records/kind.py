@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRETRAINING', 'runs_folder', 'find_record', 'load_records', 'home_folder', 'checkpoint_folder', 'Kind', 'matches',
-           'other_data', 'other_lengths']
+           'raw_before', 'other_data', 'other_lengths']
 
 # %% ../../nbs/records/27_kind.ipynb #220d23d7
 import contextlib, dataclasses, functools, json, os, re, tempfile
 from pathlib import Path
 from ..config import Config, ConfigError, from_dict, identity, project_root, reads, require_value, told
-from .record import RunRecord, load_record
+from .record import RecordError, RunRecord, load_record
 
 # %% ../../nbs/records/27_kind.ipynb #f0a0177b
 _test_home = functools.cache(functools.partial(tempfile.TemporaryDirectory, prefix='pid_ssl-test-'))
@@ -111,6 +111,21 @@ def _of_dataset(config):
             continue  # whoever reads it will be told
         if name == config.dataset:
             yield path.stem, str(content), raw
+
+def raw_before(config: Config,    # resolved
+               record: RunRecord, # of its run, under way
+              ) -> dict:          # metric -> number; nothing where no run has them
+    "What raw pixels gave in a finished run on the same images, by the same code on such a machine."
+    settings = 'image_size', 'train_size', 'labels', 'probe_dataset', 'eval_on'
+    same = 'dataset_hash', 'source_hash', 'versions', 'device_name', 'threads'
+    for run_id, _, raw in _of_dataset(config):
+        alike = all(raw['config'].get(k) == getattr(config, k) for k in settings) and not config.probe_dataset
+        made_so = all(raw['provenance'].get(k) == record.provenance[k] for k in same)
+        if alike and made_so and raw.get('status') == 'finished':
+            with contextlib.suppress(RecordError):  # whoever reads it will be told
+                metrics = find_record(config, run_id).metrics
+                return {k: v for k, v in metrics.items() if k.startswith('raw_')}
+    return {}
 
 def other_data(config: Config,    # whose `home` and `dataset` count
                dataset_hash: str, # content hash of the dataset as it is now

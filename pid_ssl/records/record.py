@@ -7,7 +7,7 @@ __all__ = ['STATUSES', 'run_id', 'RecordError', 'RunRecord', 'load_record', 'git
            'provenance', 'peak_memory']
 
 # %% ../../nbs/records/26_record.ipynb #bb24b34a
-import contextlib, dataclasses, importlib.metadata, json, math, os, platform, re, subprocess, sys, time
+import contextlib, dataclasses, importlib.metadata, json, math, platform, re, subprocess, sys, time
 from collections.abc import Callable
 from pathlib import Path
 import torch

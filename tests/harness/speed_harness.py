@@ -315,6 +315,8 @@ def train():
             sides["lightly, 1 worker"] = f"lightly_recipe({net!r}, {steps}, 1)"
             # threads that do not share a core with a worker
             sides["lightly, 1 worker, 1 thread"] = f"lightly_recipe({net!r}, {steps}, 1, 1)"
+        if net == "lab net":  # as its first steps are
+            sides["pid_ssl, bfloat16, 24 px"] = f"ours({net!r}, {steps}, 'on', early_size=24)"
         out[net] = turns(sides, rounds)
     return out
 
