@@ -23,6 +23,6 @@ from .storage import (CHECKPOINT_FORMAT, CheckpointError, StorageError, check_fo
 _all_ = ['CHECKPOINT_FORMAT', 'CheckpointError', 'Kind', 'PRETRAINING', 'RecordError', 'RunInterrupted', 'RunLocked',
          'RunRecord', 'STATUSES', 'StopSignals', 'StorageError', 'check_folder', 'checkpoint_folder',
          'device_name', 'find_record', 'git_state', 'home_folder', 'load_checkpoint', 'load_record',
-         'load_records', 'lock_run', 'other_data', 'other_lengths', 'peak_memory', 'provenance', 'raw_before', 'read_json',
-         'recorded_config', 'remove_checkpoint', 'repair_checkpoints', 'run_id', 'runs_folder',
+         'load_records', 'lock_run', 'other_data', 'other_lengths', 'peak_memory', 'provenance', 'raw_before',
+         'read_json', 'recorded_config', 'remove_checkpoint', 'repair_checkpoints', 'run_id', 'runs_folder',
          'save_checkpoint', 'write_whole', 'writing']
