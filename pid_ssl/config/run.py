@@ -20,8 +20,8 @@ class _Run(Checked):
     dataset: str = setting('digits', 'digits, cifar10, cifar100, stl10, tiny_imagenet, imagenette, svhn, gtsrb, '
                            'or the name of a Parquet file or folder or of an image folder, with or without labels',
                            pattern=_NAME)
-    preset: str = setting('auto', 'sizes and lengths that fit a machine; lab: an hour or two on one core; auto: digits '
-                          'for digits, else gpu with CUDA and cpu without', choices=('auto', *By._fields))
+    preset: str = setting('auto', 'sizes and lengths that fit a machine; lab: half an hour to an hour on one core; auto: '
+                          'digits for digits, else gpu with CUDA and cpu without', choices=('auto', *By._fields))
     epochs: int = setting(None, 'passes over the training images', lo=1, hi=100_000)
     seed: int = setting(0, 'seed of weights, order and views', lo=0, hi=2**31 - 1)
     train_size: int = setting(None, 'training images, class-balanced; 0: all of them', lo=0, group='Data')
@@ -47,6 +47,8 @@ class _Run(Checked):
     projector_dim: int = setting(None, 'width d of the embedding z', lo=2, hi=65_536)
     projector_layers: int = setting(None, 'linear layers of the projector', lo=1, hi=5)
     optimizer: str = setting(None, 'optimiser', choices=('adamw', 'sgd', 'muon', 'lars'), group='Optimisation')
+    muon_steps: int = setting(None, "Newton-Schulz iterations of muon, by which a weight's step becomes nearly "
+                              'orthogonal', lo=1, hi=10, absent=5)
     lr: float = setting(None, 'peak learning rate', lo=1e-8, hi=100.)
     weight_decay: float = setting(None, 'weight decay, not applied to biases and normalisation', lo=0., hi=10.)
     warmup: float = setting(0.1, 'share of the steps spent warming up', lo=0., hi=0.9)
@@ -90,6 +92,8 @@ def reads(config: Config, # any config
     "Whether the loss of `config` reads the field `name`; a share of no steps is read by none."
     if name == 'early_share':
         return bool(config.early_size)
+    if name == 'muon_steps':
+        return config.optimizer == 'muon'
     form = config.form or KNOBS['form'].metadata['absent']
     return name not in KNOBS or name in LOSS_TABLE[config.loss].names(form)
 
@@ -106,10 +110,10 @@ _SIZES = {
                 projector_hidden=256, projector_dim=128),
     'gpu': dict(encoder='resnet18', width=64, image_size=32, train_size=0, epochs=100, batch_size=512,
                 projector_hidden=2048, projector_dim=512),
-    'lab': dict(encoder='small', width=64, image_size=32, early_size=24, train_size=0, epochs=30, batch_size=128,
-                projector_hidden=512, projector_dim=512, projector_layers=3, optimizer='muon', lr=0.02, amp='on'),
+    'lab': dict(encoder='small', width=64, image_size=32, early_size=24, train_size=0, epochs=16, batch_size=128,
+                projector_hidden=512, projector_dim=512, optimizer='muon', muon_steps=3, lr=0.02, amp='on'),
 }
-_COMMON = dict(projector_layers=2, optimizer='adamw', lr=2e-3, weight_decay=1e-4, amp='auto',
+_COMMON = dict(projector_layers=2, optimizer='adamw', muon_steps=5, lr=2e-3, weight_decay=1e-4, amp='auto',
                early_size=0)
 
 def preset_values(preset: str,    # digits, cpu, gpu or lab
@@ -187,6 +191,7 @@ def unread(config: Config, # before or after `resolve`
     blind = {'shrinkage'} if config.loss == 'pid' and config.estimator == 'infonce' else set()
     # the config of a record names its preset and holds what that filled in
     filled = preset_values(config.preset, config.loss) if config.preset in PRESETS else {}
-    asked = dataclasses.replace(config, form=config.form or KNOBS['form'].metadata['presets'])
+    given = {'form': KNOBS['form'].metadata['presets'], **filled}
+    asked = dataclasses.replace(config, **{k: v for k, v in given.items() if getattr(config, k) is None})
     return [f.name for f in dataclasses.fields(config) if (f.name in blind or not reads(asked, f.name))
             and getattr(config, f.name) not in (f.default, filled.get(f.name))]

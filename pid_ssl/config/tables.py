@@ -18,7 +18,7 @@ class By(NamedTuple):
     digits: object # in the embedded demonstration
     cpu: object    # in minutes on a CPU
     gpu: object    # on a GPU
-    lab: object    # in an hour or two on a CPU
+    lab: object    # in less than an hour on a core
 
 def knob(name: str,              # the field of `Config`, and the argument of the loss
          kind: type,             # str, int, float or bool

@@ -28,7 +28,8 @@ def build_optimizer(config: Config,        # resolved
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, **fused)
     if config.optimizer == 'muon':
         weights, others = groups
-        return OptimizerPair(FilterMuon(**weights, lr=lr), torch.optim.AdamW([others], lr=lr, **fused))
+        muon = FilterMuon(**weights, lr=lr, steps=config.muon_steps)
+        return OptimizerPair(muon, torch.optim.AdamW([others], lr=lr, **fused))
     try:
         from timm.optim import Lars
     except ImportError:
@@ -46,10 +47,12 @@ class FilterMuon(torch.optim.Muon):
                  params: list,         # of tensors with two dimensions or more
                  lr: float,            # for steps of AdamW's size
                  weight_decay: float,  # decoupled, as AdamW's
+                 steps: int = 5,       # of Newton and Schulz's iteration, by which a step becomes nearly orthogonal
                 ):
         self.weights = params
         matrices = [_matrix(w.detach(), w) for w in params]
-        super().__init__(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw')
+        super().__init__(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw',
+                         ns_steps=steps)
 
     def step(self) -> None:
         "One step of all weights that have a gradient."
