@@ -44,15 +44,16 @@ def accuracies(features: dict,      # 'train', 'val' and the evaluation split ->
                labels: dict,        # the same -> (n,) tensors
                split: str = 'test', # measured on
                prefix: str = '',    # put before each key
+               overwrite: bool = False, # the features, see `linear_probe`
               ) -> dict:            # percent
     "Linear, 5-NN Euclidean and 200-NN cosine accuracy on `split`."
     known = features['train'], labels['train'], features[split], labels[split]
     smallest = min(n for n in labels['train'].bincount() if n)  # a number that no image has is no class
     k = min(200, max(5, int(smallest)//2))
-    linear, name = linear_probe(features, labels, split), prefix + split
+    name, near = prefix + split, (knn_accuracy(*known, 5), knn_accuracy(*known, k, 'cosine'))
+    linear = linear_probe(features, labels, split, overwrite)
     return {f'{name}_linear_logreg': linear['accuracy'], f'{name}_linear_C': linear['C'],
-            f'{name}_knn5_euclidean': knn_accuracy(*known, 5),
-            f'{name}_knn{k}_cosine': knn_accuracy(*known, k, 'cosine')}
+            f'{name}_knn5_euclidean': near[0], f'{name}_knn{k}_cosine': near[1]}
 
 def evaluate_encoder(encoder: nn.Module,  # maps normalised images to features
                      dataset: Dataset,    # splits with labels
@@ -78,4 +79,4 @@ def raw_pixels(dataset: Dataset,      # splits with labels
                       f'measured up to {RAW_VALUES:,}')
         return {}
     pixels = {s: dataset.images[s].flatten(1).float()/255 for s in ('train', 'val', split)}
-    return accuracies(pixels, dataset.labels, split, 'raw_')
+    return accuracies(pixels, dataset.labels, split, 'raw_', overwrite=True)

@@ -6,7 +6,7 @@
 __all__ = ['AUDIT_IMAGES', 'AUDIT_SEED', 'epoch_line', 'pretrain', 'parse_args', 'command']
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #e53df9fe
-import contextlib, dataclasses, math, os, sys, time, warnings
+import contextlib, ctypes, dataclasses, math, os, sys, time, warnings
 from collections.abc import Callable
 import torch
 from tqdm import tqdm
@@ -64,6 +64,7 @@ def _final_metrics(state: Pretraining, # trained
                  ) -> dict:           # name -> number
     """What is read of the encoder, of the untrained network and of raw pixels, and the atoms; without labels how many
     directions the features of the two use. Raises `NonFiniteLoss`."""
+    _give_back()
     c, split = state.config, state.config.eval_on
     untrained = build_embed(c, dataset).to(state.device, memory_format=torch.channels_last)
     control = calibrate_batchnorm(untrained, dataset.images['train'], state.views)[0]
@@ -77,6 +78,11 @@ def _final_metrics(state: Pretraining, # trained
     metrics |= {f'{split}_{k}': v for k, v in _audit(state, dataset, dataset.images[split]).items()}
     _require_finite(c, 'final evaluation', metrics)
     return metrics
+
+def _give_back():
+    # what glibc keeps for itself of the memory of training; other systems take it back
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 def _forced_before(path, source):
     # whether a checkpoint is of a forced run of the same source, so that forcing goes on with it
