@@ -20,7 +20,7 @@ class _Run(Checked):
     dataset: str = setting('digits', 'digits, cifar10, cifar100, stl10, tiny_imagenet, imagenette, svhn, gtsrb, '
                            'or the name of a Parquet file or folder or of an image folder, with or without labels',
                            pattern=_NAME)
-    preset: str = setting('auto', 'sizes and lengths that fit a machine; lab: half an hour to an hour on one core; auto: '
+    preset: str = setting('auto', 'sizes and lengths that fit a machine; lab: less than an hour on one core; auto: '
                           'digits for digits, else gpu with CUDA and cpu without', choices=('auto', *By._fields))
     epochs: int = setting(None, 'passes over the training images', lo=1, hi=100_000)
     seed: int = setting(0, 'seed of weights, order and views', lo=0, hi=2**31 - 1)
