@@ -85,7 +85,7 @@ def test_signal_saves_and_stops(number, status, run, whole):
     assert got == 0 and "resumed after epoch 1, step 1" in text and run.faults(whole) == []
 
 
-LAB = dict(optimizer="muon", amp="on", image_size=16, early_size=8, early_share=0.5)  # of the lab preset
+LAB = dict(optimizer="muon", muon_steps=3, amp="on", image_size=16, early_size=8, early_share=0.5)  # of the lab preset
 
 
 @pytest.mark.parametrize("given", [dict(optimizer="sgd", form="relation"), LAB], ids=str)

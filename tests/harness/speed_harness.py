@@ -159,6 +159,19 @@ def ours(net, steps, amp="off", **other):
                 flops=counted.get_total_flops())
 
 
+def as_lab(steps):
+    """The lab preset's steps of both sizes by their shares: 256 images in two steps of 128, as it is trained."""
+    from pid_ssl.config import Config, resolve
+
+    c = resolve(Config(loss="barlow", dataset="cifar10", preset="lab"))
+    own = dict(batch_size=c.batch_size, optimizer=c.optimizer, lr=c.lr, policy=c.policy)
+    parts = [ours("lab net", steps, c.amp, early_size=side, **own) for side in (c.early_size, 0)]
+    mean = lambda early, late: BATCH / c.batch_size * (c.early_share * early + (1 - c.early_share) * late)
+    early, late = (part["stages"] for part in parts)
+    return dict(s_per_step=mean(*(part["s_per_step"] for part in parts)),
+                stages={k: mean(early[k], late[k]) for k in early})
+
+
 def peak():
     """Float32 operations a second of this processor in its best case, a product of large matrices."""
     import torch
@@ -315,8 +328,9 @@ def train():
             sides["lightly, 1 worker"] = f"lightly_recipe({net!r}, {steps}, 1)"
             # threads that do not share a core with a worker
             sides["lightly, 1 worker, 1 thread"] = f"lightly_recipe({net!r}, {steps}, 1, 1)"
-        if net == "lab net":  # as its first steps are
+        if net == "lab net":  # as its first steps are, and as its preset trains it
             sides["pid_ssl, bfloat16, 24 px"] = f"ours({net!r}, {steps}, 'on', early_size=24)"
+            sides["pid_ssl, the lab preset"] = f"as_lab({steps})"
         out[net] = turns(sides, rounds)
     return out
 
