@@ -46,7 +46,7 @@ def one_copy_each(records: list, # of runs or of measurements
 
 # %% ../../nbs/figures/81_frames.ipynb #7f4ae8a7
 TRACE = 'val_pid_coordinate'  # keys of the history: the PID of held-out views after each epoch
-COST = 'image_passes', 'train_seconds', 'device_name', 'device', 'dataset_note'  # of the provenance
+COST = 'image_passes', 'train_seconds', 'cpu_seconds', 'device_name', 'device', 'dataset_note'  # of the provenance
 
 def frame(records: list, # of `RunRecord`
           silent: bool = False, # keep those without accuracies

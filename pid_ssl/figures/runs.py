@@ -96,15 +96,17 @@ def plot_accuracy(records: list, # of one dataset and preset
 @tabled
 def results_table(records: list, # of one dataset and preset
                  ):              # pandas DataFrame of text
-    "Accuracies by loss and length over seeds, controls, cost; raises `ValueError` for records that no row may average."
+    """Accuracies by loss and length over seeds, controls, cost (processor seconds where all runs kept them); raises
+    `ValueError` for records that no row may average."""
     records = labelled(records)
     one_setting_each(records)
     data = frame(records)
     for loss, runs in data.groupby('loss', sort=False):
         for epochs, d in runs.groupby('epochs'):
+            seconds = d.cpu_seconds if d.cpu_seconds.notna().all() else d.train_seconds
             yield {'method': LOSS_TABLE[loss].title, 'epochs': str(epochs), 'seeds': str(len(d)), **accuracies(d),
                    **atoms(d), 'image passes': f'{d.image_passes.mean()/1e6:.2f} M',
-                   'seconds (median)': f'{d.train_seconds.median():.0f}', 'device': listed(d.device_name)}
+                   'seconds (median)': f'{seconds.median():.0f}', 'device': listed(d.device_name)}
     once = data.drop_duplicates('seed')
     yield {'method': 'untrained network', 'seeds': str(len(once)), **accuracies(once, 'control_')}
     if f'raw_{ACCURACIES[0]}' in data:
