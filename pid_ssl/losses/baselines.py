@@ -27,14 +27,13 @@ def _standardised(z, eps=1e-5):
     # `standardise` in one buffer, and the mean and scale that its gradient needs
     mean = z.mean(0)
     x = z - mean
-    scale = x.square_().mean(0).add_(eps).rsqrt_()
+    scale = x.mul_(x).mean(0).add_(eps).rsqrt_()
     return torch.sub(z, mean, out=x).mul_(scale), mean, scale
 
-def _before(g, z, mean, scale, centred, products):
-    # the gradient g of standardised values, in place, becomes that of z; two buffers are given
-    torch.sub(z, mean, out=centred)
-    slope = torch.mul(g, centred, out=products).sum(0).mul_(scale.pow(3)).div_(-len(z))
-    g.mul_(scale).add_(centred.mul_(slope))
+def _before(g, z, mean, scale, part):
+    # the gradient g of standardised values, in place, becomes that of z; part is a buffer
+    slope = torch.sub(z, mean, out=part).mul_(g).sum(0).mul_(scale.pow(3)).div_(-len(z))
+    g.mul_(scale).add_(torch.sub(z, mean, out=part).mul_(slope))
     return g.sub_(g.sum(0).div_(len(z)))
 
 class _Equation1(torch.autograd.Function):
@@ -57,8 +56,9 @@ class _Equation1(torch.autograd.Function):
         g12 = c12*(2*ctx.weight*g)
         g12.diagonal().copy_((1 - c12.diagonal()).mul_(-2*g))
         g12.div_(len(x))
-        buffers = torch.empty((2, *x.shape), dtype=x.dtype, device=x.device)
-        return _before(y @ g12.T, z1, *by[:2], *buffers), _before(x @ g12, z2, *by[2:], *buffers), None
+        g1 = y @ g12.T
+        part = torch.empty_like(g1)
+        return _before(g1, z1, *by[:2], part), _before(x @ g12, z2, *by[2:], part), None
 
 # %% ../../nbs/losses/52_baselines.ipynb #5b0c1e03
 class BarlowTwins(SSLLoss):
