@@ -151,10 +151,10 @@ def _smallest(rows, k):
     first = torch.arange(0, least.numel(), least.shape[1], device=rows.device)[:, None]  # block of each row
     some = F.embedding(first + best, rows.view(-1, BLOCK)).flatten(1)
     near = some <= (bounds.amax(1, keepdim=True) if k <= least.shape[1] else torch.inf)  # hardly more than k
-    kept = near.sum(1, keepdim=True)
+    row, at = near.nonzero(as_tuple=True)
+    kept = row.bincount(minlength=len(rows))[:, None]
     kept = torch.arange(kept.max().clamp(min=k), device=rows.device) < kept
     values, places = rows.new_full(kept.shape, torch.inf), best.new_zeros(kept.shape)
-    row, at = near.nonzero(as_tuple=True)
     values[kept], places[kept] = some[row, at], best[row, at//BLOCK]*BLOCK + at%BLOCK
     values, order = values.topk(k, largest=False)
     return values, places.gather(1, order)
@@ -169,17 +169,19 @@ def _nearest(query, train, k, cosine, step):
         (q2, q1), (t2, t1) = ((x.pow(2).sum(1, keepdim=True), x.new_ones(len(x), 1)) for x in (query, train))
         query, train = torch.cat([-2*query, q2, q1], 1), torch.cat([train, t1, t2], 1)
         finish = lambda products: products.clamp(min=0).sqrt()
-    room = query.new_full((min(step, len(query)), -(-n//BLOCK)*BLOCK), torch.inf)
+    room = query.new_empty((min(step, len(query)), -(-n//BLOCK)*BLOCK))
+    room[:, n:] = torch.inf
     for q in query.split(step):
         products = torch.mm(q, train.T, out=room[:len(q), :n])
         values, indices = _smallest(room[:len(q)], wanted)
         values = finish(values)
         # as records with fewer neighbours were made, equal ones stay as `topk` of all puts them
-        clear = (values.diff(dim=1) > 0)[:, k - 1 if k >= 50 else 0:].all(1)
-        if k >= 50:  # of equal ones the first
-            indices, order = indices.sort(dim=1)
-            values, order = values.gather(1, order).sort(dim=1, stable=True)
-            indices = indices.gather(1, order)
+        apart = values.diff(dim=1) > 0
+        clear, tied = apart[:, k - 1 if k >= 50 else 0:].all(1), ~apart.all(1)
+        if k >= 50 and tied.any():  # of equal ones the first
+            places, order = indices[tied].sort(dim=1)
+            values[tied], order = values[tied].gather(1, order).sort(dim=1, stable=True)
+            indices[tied] = places.gather(1, order)
         values, indices = values[:, :k], indices[:, :k]
         if not clear.all():
             whole = finish(products[~clear])
@@ -192,10 +194,12 @@ KNN_TEMPERATURE = 0.07  # Wu et al. 2018
 
 def _checked(name, x, y):
     x, y = torch.as_tensor(x), torch.as_tensor(y).long()
-    require(x.ndim == 2 and len(x) and y.shape == (len(x),), name,
+    require(x.ndim == 2 and x.numel() and y.shape == (len(x),), name,
             f'got features {tuple(x.shape)} and labels {tuple(y.shape)}', '(n, f) and (n,), at least one')
-    require(x.isfinite().all(), name, 'got features that are not finite', 'finite numbers; NaN is near to all')
-    return x if x.dtype == torch.float64 else x.float(), y
+    x = x if x.dtype == torch.float64 else x.float()
+    ends = torch.stack(x.aminmax())  # NaN where any number is
+    require(ends.isfinite().all(), name, 'got features that are not finite', 'finite numbers; NaN is near to all')
+    return x, y
 
 @torch.no_grad()
 def knn_accuracy(train: torch.Tensor,        # (n, f) features
