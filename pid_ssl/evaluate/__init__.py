@@ -78,5 +78,5 @@ def raw_pixels(dataset: Dataset,      # splits with labels
         warnings.warn(f'raw pixels: not measured, {values:,} values in the training images; '
                       f'measured up to {RAW_VALUES:,}')
         return {}
-    pixels = {s: dataset.images[s].flatten(1).float()/255 for s in ('train', 'val', split)}
+    pixels = {s: dataset.images[s].flatten(1).float().div_(255) for s in ('train', 'val', split)}
     return accuracies(pixels, dataset.labels, split, 'raw_', overwrite=True)

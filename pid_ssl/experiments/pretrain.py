@@ -64,7 +64,6 @@ def _final_metrics(state: Pretraining, # trained
                  ) -> dict:           # name -> number
     """What is read of the encoder, of the untrained network and of raw pixels, and the atoms; without labels how many
     directions the features of the two use. Raises `NonFiniteLoss`."""
-    _give_back()
     c, split = state.config, state.config.eval_on
     untrained = build_embed(c, dataset).to(state.device, memory_format=torch.channels_last)
     control = calibrate_batchnorm(untrained, dataset.images['train'], state.views)[0]
@@ -74,13 +73,15 @@ def _final_metrics(state: Pretraining, # trained
             metrics[f'{prefix}{split}_rankme'] = rankme(extract_features(encoder, dataset.images[split], state.views))
         else:
             metrics |= evaluate_encoder(encoder, probe, state.views, split, prefix)
+    if not before:
+        _give_back()
     metrics |= {} if probe is None else before or raw_pixels(probe, split)
     metrics |= {f'{split}_{k}': v for k, v in _audit(state, dataset, dataset.images[split]).items()}
     _require_finite(c, 'final evaluation', metrics)
     return metrics
 
 def _give_back():
-    # what glibc keeps for itself of the memory of training; other systems take it back
+    # what glibc keeps for itself of memory that is free again; other systems take it back
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

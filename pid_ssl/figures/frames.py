@@ -105,7 +105,7 @@ def setting(record: RunRecord, # any
     "The settings in which a run differs from the default of its loss and preset."
     c, skip = from_dict(record.config), ('seed', 'epochs', 'eval_on', *less)
     mine, plain = identity(c), default_identity(record.config)
-    names = [k for k in {**mine, **plain} if mine.get(k) != plain.get(k) and k not in skip]
+    names = [k for k in {**mine, **plain} if mine.get(k) != plain.get(k) and k not in skip and reads(c, k)]
     return ', '.join(f'{k} = {_text(value_of(c, k))}' for k in names) or 'default'
 
 def _text(value):
