@@ -163,16 +163,15 @@ def _smallest(rows, k):
 def _nearest(query, train, k, cosine, step):
     # of `step` queries at a time: distance to the k nearest, nearest first (cosine: minus similarity), and which
     n, wanted = len(train), min(k + 1, len(train))
-    if cosine:
-        query, finish = -query, lambda products: products
-    else:  # squared distances as one product, to the last digit as torch.cdist makes them
-        (q2, q1), (t2, t1) = ((x.pow(2).sum(1, keepdim=True), x.new_ones(len(x), 1)) for x in (query, train))
-        query, train = torch.cat([-2*query, q2, q1], 1), torch.cat([train, t1, t2], 1)
-        finish = lambda products: products.clamp(min=0).sqrt()
+    begin, finish = torch.neg, lambda products: products
+    if not cosine:  # squared distances as one product, to the last digit as torch.cdist makes them
+        sides = lambda x: (x.pow(2).sum(1, keepdim=True), x.new_ones(len(x), 1))
+        train = torch.cat([train, *sides(train)[::-1]], 1)
+        begin, finish = lambda q: torch.cat([-2*q, *sides(q)], 1), lambda products: products.clamp(min=0).sqrt()
     room = query.new_empty((min(step, len(query)), -(-n//BLOCK)*BLOCK))
     room[:, n:] = torch.inf
     for q in query.split(step):
-        products = torch.mm(q, train.T, out=room[:len(q), :n])
+        products = torch.mm(begin(q), train.T, out=room[:len(q), :n])
         values, indices = _smallest(room[:len(q)], wanted)
         values = finish(values)
         # as records with fewer neighbours were made, equal ones stay as `topk` of all puts them
