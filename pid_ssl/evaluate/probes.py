@@ -161,9 +161,9 @@ def _smallest(rows, k):
 
 # %% ../../nbs/evaluate/62_probes.ipynb #4ea7e571
 def _nearest(query, train, k, cosine, step):
-    # of `step` queries at a time: distance to the k nearest, nearest first (cosine: minus similarity), and which
+    # of `step` queries at a time: distance to the k nearest, nearest first (cosine: minus similarity, `train` having length 1), and which
     n, wanted = len(train), min(k + 1, len(train))
-    begin, finish = torch.neg, lambda products: products
+    begin, finish = lambda q: -F.normalize(q), lambda products: products
     if not cosine:  # squared distances as one product, to the last digit as torch.cdist makes them
         sides = lambda x: (x.pow(2).sum(1, keepdim=True), x.new_ones(len(x), 1))
         train = torch.cat([train, *sides(train)[::-1]], 1)
@@ -219,12 +219,12 @@ def knn_accuracy(train: torch.Tensor,        # (n, f) features
     require(temperature > 0, 'temperature', f'got {temperature!r}', 'a number above 0')
     classes = int(train_labels.max()) + 1
     if metric == 'cosine':
-        train, query = F.normalize(train), F.normalize(query)
+        train = F.normalize(train)
     # cdist works with products in float32: features far from the origin would lose the digits that make them differ
     elif (centre := train.mean(0)).norm() > 10*(train - centre).norm(dim=1).mean():
         train, query = train - centre, query - centre
     right, cosine = 0, metric == 'cosine'
-    step = min(1000, max(1, 50_000_000//len(train)))  # distances of that many queries, 200 MB at most
+    step = min(1000, max(1, 25_000_000//len(train)))  # distances of that many queries, 100 MB at most
     for (values, indices), y in zip(_nearest(query, train, k, cosine, step), query_labels.split(step)):
         # nearest first: of tied classes the one with the smaller sum of ranks has the larger weight
         # sums of many votes need float64 to see ranks; of few, records were made in float32
