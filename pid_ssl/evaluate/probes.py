@@ -161,7 +161,8 @@ def _smallest(rows, k):
 
 # %% ../../nbs/evaluate/62_probes.ipynb #4ea7e571
 def _nearest(query, train, k, cosine, step):
-    # of `step` queries at a time: distance to the k nearest, nearest first (cosine: minus similarity, `train` having length 1), and which
+    # of `step` queries at a time: distance to the k nearest, nearest first, and which
+    # cosine: minus similarity, where `train` has length 1
     n, wanted = len(train), min(k + 1, len(train))
     begin, finish = lambda q: -F.normalize(q), lambda products: products
     if not cosine:  # squared distances as one product, to the last digit as torch.cdist makes them
