@@ -23,8 +23,8 @@ from ..records import RunInterrupted, StopSignals, device_name
 
 # %% ../../nbs/experiments/78_gpu.ipynb #2615208b
 RECIPE = 'downstream_gpu_kit_cifar10'
-TINY = dict(dataset='digits', encoder='small', width=4, image_size=8, train_size=64, batch_size=32, projector_dim=8,
-            projector_hidden=8, compiled=False)
+TINY = dict(dataset='digits', encoder='small', width=4, image_size=8, early_size=0, train_size=64, batch_size=32,
+            projector_dim=8, projector_hidden=8, compiled=False)
 
 def kit(home: str | None = None,  # folder of the records; default the project
         rehearsal: bool = False,  # the same list, tiny
@@ -40,7 +40,7 @@ def kit(home: str | None = None,  # folder of the records; default the project
 def _tiny(m, home):
     machine, c = dict(device='cpu', threads=1, home=home), m.encoder
     tiny = TINY | machine | ({'whitening_size': 16} if reads(c, 'whitening_size') else {})
-    return replace(m, encoder=replace(c, **tiny, epochs=c.epochs//50),
+    return replace(m, encoder=replace(c, **tiny, epochs=max(1, c.epochs//50)),
                    config=replace(m.config, task='classify', dataset='auto', **machine))
 
 # %% ../../nbs/experiments/78_gpu.ipynb #463e0bc4

@@ -155,13 +155,16 @@ def comparison_table(register: Registration, # of `read_register`
 def plot_comparison(register: Registration, # of `read_register`
                     records: list, # as for `arm_values`
                    ):              # matplotlib Figure
-    "A panel a pair: differences by measure, a small dot a seed, the mean with its 95 % interval from three seeds on."
-    found, used = comparison_rows(register, arm_values(register, records)), len(register.compare)
+    """A panel a pair that was measured: differences by measure, a small dot a seed, the mean with its 95 % interval
+    from three seeds on."""
+    found = comparison_rows(register, arm_values(register, records))
+    pairs = list(dict.fromkeys((r['ours'], r['baseline']) for r in found if r['difference'])) or register.compare
+    used = len(pairs)
     names = list(dict.fromkeys(r['measure'] + (' *' if r['family'] == 'primary' else '') for r in found))
     columns, rows = min(4, used), math.ceil(used/min(4, used))
     fig, axes = panels(rows, columns, rows*(0.9 + 0.2*len(names)), sharex=True, sharey=True, squeeze=False)
-    for ax, pair in zip(axes.flat, register.compare):
-        for y, r in enumerate([r for r in found if [r['ours'], r['baseline']] == list(pair)]):
+    for ax, pair in zip(axes.flat, pairs):
+        for y, r in enumerate([r for r in found if (r['ours'], r['baseline']) == tuple(pair)]):
             d, colour = r['difference'].get('points', np.array([])), 'C0' if r['family'] == 'primary' else '0.45'
             plot_differences(ax, d, y, '', colour, half_width(d) if len(d) > 2 else 0)
         label_rows(ax, names, xlabel='points')
@@ -178,7 +181,8 @@ def comparison_caption(register: Registration, # of `read_register`
     found = arm_runs(register, records)
     data = frame([r for runs in found.values() for r in runs.values()])
     there = ', '.join(f'{arm} {len(runs)}' for arm, runs in found.items())
+    missing = [f' Not measured: {a} less {b}.' for a, b in register.compare if not set(found[a]) & set(found[b])]
     passes = f'{data.image_passes.min()/1e6:.2f} to {data.image_passes.max()/1e6:.2f} M image passes a run'
     return (f'{register.question} Registered before its test runs, seeds {listed(register.seeds)}; runs there are: '
-            f'{there}. {data.dataset_note.iloc[0]}, {SPLITS[data.eval_on.iloc[0]]} split, {passes}, '
-            f'{listed(data.device_name)}.')
+            f"{there}.{''.join(missing)} {data.dataset_note.iloc[0]}, {SPLITS[data.eval_on.iloc[0]]} split, "
+            f'{passes}, {listed(data.device_name)}.')
