@@ -6,13 +6,13 @@
 __all__ = ['SIZES', 'FAULTS', 'GENERATED', 'measured', 'turns', 'pid_speed_table', 'loss_speed_table', 'loss_speed_cells',
            'broja_speed_table', 'broja_check_table', 'by_side', 'view_speed_table', 'train_speed_table',
            'eval_speed_table', 'faults_table', 'reproduced_table', 'reproduced_caption', 'plot_speed', 'cost_table',
-           'gpu_speed_table', 'plot_growth_pid', 'plot_growth_losses', 'plot_growth_steps']
+           'gpu_speed_table', 'split_table', 'plot_growth_pid', 'plot_growth_losses', 'plot_growth_steps']
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #1d263647
 import re
 from statistics import median_high
 from ..config import LOSS_TABLE
-from .base import SMALLEST, listed, panels, plotting, table, tabled
+from .base import SHORT, SMALLEST, listed, panels, plotting, table, tabled
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #050110f1
 def measured(*records: dict, # of benchmarks
@@ -267,6 +267,16 @@ def gpu_speed_table(speed: dict, # gpu_speed
         yield {'loss': LOSS_TABLE[loss].title, 'views': str(eager['views']), 'ms a step': f'{1e3*a:.1f}',
                'compiled': f'{1e3*b:.1f}', 'times faster': f'{a/b:.2f}', 'of Barlow Twins': f'{a/first:.2f}',
                'image passes a second': f"{compiled['batch_size']*2/b:,.0f}"}
+
+@tabled
+def split_table(record: dict, # splits
+               ):             # pandas DataFrame of text
+    "How far neighbouring pixels differ, split by split: a copy whose splits were scaled in two ways shows here."
+    for dataset, side in dict.fromkeys((r['dataset'], r['side']) for r in record['rows']):
+        apart = {r['split']: r['neighbours'] for r in record['rows'] if (r['dataset'], r['side']) == (dataset, side)}
+        yield {'dataset': SHORT.get(dataset, dataset), 'pixels a side': str(side),
+               **{split: f'{v:.1f}' for split, v in apart.items()},
+               'test by train': f"{apart['test']/apart['train']:.2f}"}
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #89701d05
 def plot_growth_pid(speed: dict, # pid_speed
