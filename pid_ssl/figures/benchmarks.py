@@ -147,17 +147,20 @@ def train_speed_table(record: dict, # train_speed
                    'peak MB': str(max(r['peak_mb'] for r in sides[side]))}
     yield {'network': 'ResNet-18', 'side': 'a CUDA GPU', 'ms a step': 'not measured'}
 
-def eval_speed_table(record: dict, # eval_speed
-                    ):             # pandas DataFrame of text
+def eval_speed_table(*records: dict, # eval_speed, one a processor
+                    ):               # pandas DataFrame of text
     "Seconds and accuracy of the fixed protocol, of scikit-learn's logistic regression, and faiss's search alone."
-    e, other = record['rows'], 'scikit-learn, one strength, converged'
-    accuracy = {'linear probe': e['linear']['accuracy'], '5-NN euclidean': e['knn5_euclidean'],
-                '200-NN cosine': e['knn200_cosine'], other: e['scikit_learn']['accuracy']}
-    faiss = {what: s for what, s in e['seconds'].items() if what.startswith('faiss')}
-    ours = {what: s for what, s in e['seconds'].items() if what not in faiss}
-    seconds = ours | {'together': sum(ours.values()), other: e['scikit_learn']['seconds']} | faiss
-    return table([{'what': what, 'seconds': f'{s:.1f}',
-                   'accuracy (%)': f'{accuracy[what]:.2f}' if what in accuracy else ''} for what, s in seconds.items()])
+    rows, other = {}, 'scikit-learn, one strength, converged'
+    for record in records:
+        e, where = record['rows'], record['provenance']['device']
+        accuracy = {'linear probe': e['linear']['accuracy'], '5-NN euclidean': e['knn5_euclidean'],
+                    '200-NN cosine': e['knn200_cosine'], other: e['scikit_learn']['accuracy']}
+        faiss = {what: s for what, s in e['seconds'].items() if what.startswith('faiss')}
+        ours = {what: s for what, s in e['seconds'].items() if what not in faiss}
+        for what, s in (ours | {'together': sum(ours.values()), other: e['scikit_learn']['seconds']} | faiss).items():
+            rows.setdefault(what, {'what': what})[f'{where}, s'] = f'{s:.1f}'
+            rows[what][f'{where}, accuracy (%)'] = f'{accuracy[what]:.2f}' if what in accuracy else ''
+    return table(list(rows.values()))
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #60bc39ff
 FAULTS = {'killed_at_points': 'SIGKILL at every open, half-done write, sync, rename and removal, twice each',
