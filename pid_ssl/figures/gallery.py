@@ -157,8 +157,11 @@ class Gallery:
         return [f for f, h in self.manifest[name]['output_hashes'].items() if not same(self.folder/f, h)]
 
     def close(self) -> list: # names rebuilt
-        "Write the manifest, in the order of the notebook, dropping entries of it that were not added again."
+        "Write the manifest, in the order of the notebook, dropping entries of it that were not added again, and files."
         others = {k: v for k, v in self.manifest.items() if v['notebook'] != self.notebook}
+        for name in self.manifest.keys() - others.keys() - set(self.seen):
+            for file in self.manifest[name]['output_hashes']:
+                (self.folder/file).unlink(missing_ok=True)
         self.manifest = others | {k: self.manifest[k] for k in self.seen}
         write_whole(self.folder/'manifest.json', (json.dumps(self.manifest, indent=1) + '\n').encode())
         return self.rebuilt
