@@ -57,6 +57,8 @@ _KNOBS = [
          argument=False),
     knob('relation_error', str, 'how telling is counted: in nats, or in squared errors as AugSelf has them', 'nats',
          choices=('nats', 'squared')),
+    knob('relation_noise', float, 'variance of the noise that numbers of a relation are told through, as a share of '
+         'theirs: telling them better earns ever less', 0., lo=0., hi=100.),
     knob('shuffled', bool, 'a control: every pair is given the relation of another', False),
     knob('conditioned', bool, "a control: the projector is given the view's parameters (CASSLE)", False,
          argument=False),
@@ -149,7 +151,8 @@ _WHITENED = By(32, 64, 64, 64)
 _SHOWN = ('views', 'w_s')
 _PHASES = ('form', 'redundancy_phase', 'anneal')
 _TEACHER = ('target', 'ema_momentum')
-_RELATION = ('views', 'w_s', 'w_u', 'tells', 'head', 'relation_error', 'shuffled', 'conditioned', 'synergy_end')
+_RELATION = ('views', 'w_s', 'w_u', 'tells', 'head', 'relation_error', 'relation_noise', 'shuffled', 'conditioned',
+             'synergy_end')
 LOSS_TABLE = {row.name: row for row in [
     Loss('barlow', 'Barlow Twins', '#0173b2', 'losses.baselines:BarlowTwins', ('lambda_param', 'views')),
     Loss('wmse', 'W-MSE', '#de8f05', 'losses.baselines:WMSE', ('whitening_size', 'whitening_iters', 'views'),

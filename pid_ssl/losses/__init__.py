@@ -42,6 +42,6 @@ def build_loss(config: Config,                # resolved
 def _terms(c, features, channels):
     # heads have seeds of their own, apart from the encoder's
     table = lambda tells: relation_table(c.policy, tells, channels, c.image_size)
-    more = dict(error=c.relation_error, seed=1_000_000 + 10*c.seed)
+    more = dict(error=c.relation_error, noise=c.relation_noise, seed=1_000_000 + 10*c.seed)
     unique = Unique(features, table('own'), c.w_u, **more) if c.w_u else None
     return Relation(features, table(c.tells), c.w_s, shuffled=c.shuffled, **more), unique

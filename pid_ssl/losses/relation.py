@@ -14,7 +14,7 @@ from ..config import check_knob, require, require_value
 from .base import SSLLoss, check_integer, check_weight, gather, scale_gradient
 
 # %% ../../nbs/losses/54_relation.ipynb #012c8531
-EPS = 1e-6  # of a column's variance: the least squared error that counts
+EPS = 1e-6  # of a column's variance, beside whatever noise: so that logarithms stay finite
 
 def targets(rho: dict | torch.Tensor, # name -> (...); or the table, which stays
             columns: dict,            # names that are wanted
@@ -35,9 +35,10 @@ class Teller(nn.Module):
                  views: int = 1,        # 1 or 2
                  hidden: int = 256,     # width of the hidden layer
                  seed: int = 0,         # of the weights
+                 noise: float = 0.,     # variance of the noise that numbers are told through, as a share of theirs
                 ):
         super().__init__()
-        self.columns, self.views = columns, check_integer('views', views)
+        self.columns, self.views, self.noise = columns, check_integer('views', views), check_weight('noise', noise)
         maps = not isinstance(features, int)
         width = 32*features[1]*features[2] if maps else features
         self.register_buffer('bits', torch.tensor([c.bit for c in columns.values()]), persistent=False)
@@ -76,8 +77,9 @@ class Teller(nn.Module):
     def nats(self,
              errors: torch.Tensor, # (k,) from `errors`
             ) -> torch.Tensor:     # (k,)
-        "What the head knows of each column: 1/2 ln(Var/MSE), and for bits H less cross-entropy."
-        return torch.where(self.bits, self.entropy - errors, -(errors + EPS).log()/2)
+        "What the head knows of each column: 1/2 ln((Var + noise)/(MSE + noise)), and for bits H less cross-entropy."
+        numbers = (math.log1p(self.noise) - (errors + (self.noise + EPS)).log())/2
+        return torch.where(self.bits, self.entropy - errors, numbers)
 
 # %% ../../nbs/losses/54_relation.ipynb #3e52f169
 class Relation(nn.Module):
@@ -90,13 +92,14 @@ class Relation(nn.Module):
                  error: str = 'nats',    # or squared
                  shuffled: bool = False, # a control: the relations of other pairs
                  seed: int = 0,          # of the heads
+                 noise: float = 0.,      # of the heads' numbers, see `Teller`
                 ):
         super().__init__()
         require_value(columns, 'columns', columns, 'a policy that changes images: this one leaves nothing to tell')
         self.w_s, self.shuffled = check_weight('w_s', w_s), shuffled
         self.error = check_knob('relation_error', error)
-        self.pair = Teller(features, columns, 2, hidden, seed)
-        self.single = nn.ModuleList([Teller(features, columns, 1, hidden, seed + i) for i in (1, 2)])
+        self.pair = Teller(features, columns, 2, hidden, seed, noise)
+        self.single = nn.ModuleList([Teller(features, columns, 1, hidden, seed + i, noise) for i in (1, 2)])
         self.terms = {}
 
     def forward(self,
@@ -141,10 +144,11 @@ class Unique(nn.Module):
                  hidden: int = 256,     # width of the head
                  error: str = 'nats',   # or squared
                  seed: int = 3,         # of the head
+                 noise: float = 0.,     # of its numbers, see `Teller`
                 ):
         super().__init__()
         self.w_u, self.error = check_weight('w_u', w_u), check_knob('relation_error', error)
-        self.head, self.terms = Teller(features, columns, 1, hidden, seed), {}
+        self.head, self.terms = Teller(features, columns, 1, hidden, seed, noise), {}
 
     def forward(self,
                 h: torch.Tensor,  # (n, f) or (n, c, h, w)
