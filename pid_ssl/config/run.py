@@ -108,8 +108,8 @@ _SIZES = {
                    projector_hidden=128, projector_dim=64),
     'cpu': dict(encoder='small', width=32, image_size=16, train_size=10_240, epochs=45, batch_size=256,
                 projector_hidden=256, projector_dim=128),
-    'gpu': dict(encoder='resnet18', width=64, image_size=32, train_size=0, epochs=100, batch_size=512,
-                projector_hidden=2048, projector_dim=512),
+    'gpu': dict(encoder='resnet18', width=64, image_size=32, train_size=0, epochs=100, batch_size=256,
+                projector_hidden=2048, projector_dim=512, optimizer='muon', muon_steps=3, lr=0.02),
     'lab': dict(encoder='small', width=64, image_size=32, early_size=24, train_size=0, epochs=16, batch_size=128,
                 projector_hidden=512, projector_dim=512, optimizer='muon', muon_steps=3, lr=0.02, amp='on'),
 }
@@ -123,7 +123,7 @@ def preset_values(preset: str,    # digits, cpu, gpu or lab
     knobs = {name: k.metadata['presets'] for name, k in KNOBS.items() if k.metadata['presets'] is not None}
     own = LOSS_TABLE[loss].presets if loss else {}
     values = {k: getattr(v, preset) if isinstance(v, By) else v for k, v in {**knobs, **own}.items()}
-    return {**_COMMON, **_SIZES[preset], **values}
+    return {**_COMMON, **_SIZES[preset], **{k: v for k, v in values.items() if v is not None}}
 
 PRESETS = {preset: preset_values(preset) for preset in By._fields}
 # a mirrored digit or sign is another one; everything else: cifar

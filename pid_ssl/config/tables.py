@@ -115,7 +115,7 @@ class Loss:
     baseline: str | None = None # the loss that it re-calibrates
     teacher: bool = False    # does it need an EMA teacher?
     shown: tuple = ()        # knobs that say which member of its family it is
-    presets: dict = field(default_factory=dict) # field -> value, or a `By`, where it needs another than the preset's
+    presets: dict = field(default_factory=dict) # field -> value, or a `By` (None: the preset's), where it has its own
     sizes: dict = field(default_factory=dict)   # argument of the class -> field of `Config`
 
     def names(self,
@@ -148,6 +148,9 @@ class Loss:
 # %% ../../nbs/config/04_tables.ipynb #5f0c1a2e
 # whitening needs sub-batches of at least twice the dimension (Ermolov et al. 2021 use d = 64 on CIFAR)
 _WHITENED = By(32, 64, 64, 64)
+# at lab scale with the batch and learning rate that validation chose of six settings (tuning_lab_gpu_cifar10)
+_WHITENING = {'projector_dim': _WHITENED, 'whitening_size': By(64, 128, 128, 256),
+              'batch_size': By(None, None, None, 256), 'lr': By(None, None, None, 0.04)}
 _SHOWN = ('views', 'w_s')
 _PHASES = ('form', 'redundancy_phase', 'anneal')
 _TEACHER = ('target', 'ema_momentum')
@@ -156,7 +159,7 @@ _RELATION = ('views', 'w_s', 'w_u', 'tells', 'head', 'relation_error', 'relation
 LOSS_TABLE = {row.name: row for row in [
     Loss('barlow', 'Barlow Twins', '#0173b2', 'losses.baselines:BarlowTwins', ('lambda_param', 'views')),
     Loss('wmse', 'W-MSE', '#de8f05', 'losses.baselines:WMSE', ('whitening_size', 'whitening_iters', 'views'),
-         presets={'projector_dim': _WHITENED}),
+         presets=_WHITENING),
     Loss('vicreg', 'VICReg', '#029e73', 'losses.baselines:VICReg', ('sim_coeff', 'std_coeff', 'cov_coeff', 'views')),
     Loss('simclr', 'SimCLR', '#d55e00', 'losses.baselines:NTXent', ('temperature', 'views')),
     Loss('byol', 'BYOL', '#cc78bc', 'losses.baselines:BYOL', ('ema_momentum',), teacher=True,
@@ -170,7 +173,7 @@ LOSS_TABLE = {row.name: row for row in [
          shown=('w_t', 'kappa', *_SHOWN)),
     Loss('pid_wmse', 'PID W-MSE', '#949494', 'losses.target:PIDWMSE', ('whitening_size', 'whitening_iters', *_PHASES),
          {'target': ('w_t', 'w_r', *_TEACHER), 'relation': _RELATION}, 'wmse', True, shown=('w_t', 'w_r', *_SHOWN),
-         presets={'projector_dim': _WHITENED, 'w_t': 1., 'w_s': 0.15}),
+         presets={**_WHITENING, 'w_t': 1., 'w_s': By(0.15, 0.15, 0.05, 0.05)}),
 ]}
 
 # %% ../../nbs/config/04_tables.ipynb #b999a47a

@@ -75,7 +75,7 @@ def described(name, config, seconds, steps):
     seconds = sorted(seconds)
     row = dict(loss=name, compiled=config.compiled, s_per_step=seconds[len(seconds) // 2], s_each=seconds)
     row |= dict(warm_up_s=steps.warm_up, steps_an_epoch=steps.state.steps, epochs=config.epochs)
-    row |= dict(encoder=config.encoder, batch_size=config.batch_size, views=config.views)
+    row |= dict(encoder=config.encoder, optimizer=config.optimizer, batch_size=config.batch_size, views=config.views)
     return row | dict(peak_memory_bytes=alone(config, steps.device))
 
 
