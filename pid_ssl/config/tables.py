@@ -94,7 +94,7 @@ _KNOBS = [
     knob('lambda_param', float, "weight of Barlow Twins' off-diagonal term", presets=By(0.05, 0.1, 0.02, 0.02),
          own=5e-3, lo=0., hi=1e4),
     knob('whitening_size', int, 'sub-batch in which W-MSE whitens; at least twice projector_dim',
-         presets=By(64, 128, 128, 128), own=128, lo=4),
+         presets=By(64, 128, 128, 256), own=128, lo=4),
     knob('whitening_iters', int, 'random sub-batch partitions averaged by W-MSE (Ermolov et al. 2021)', 1, lo=1, hi=64),
     knob('temperature', float, 'NT-Xent temperature (Chen et al. 2020, CIFAR-10)', 0.5, lo=1e-3, hi=100.),
     knob('sim_coeff', float, 'VICReg invariance weight (Bardes et al. 2022)', 25., lo=0.),
@@ -149,8 +149,7 @@ class Loss:
 # whitening needs sub-batches of at least twice the dimension (Ermolov et al. 2021 use d = 64 on CIFAR)
 _WHITENED = By(32, 64, 64, 64)
 # at lab scale with the batch and learning rate that validation chose of six settings (tuning_lab_gpu_cifar10)
-_WHITENING = {'projector_dim': _WHITENED, 'whitening_size': By(64, 128, 128, 256),
-              'batch_size': By(None, None, None, 256), 'lr': By(None, None, None, 0.04)}
+_WHITENING = {'projector_dim': _WHITENED, 'batch_size': By(None, None, None, 256), 'lr': By(None, None, None, 0.04)}
 _SHOWN = ('views', 'w_s')
 _PHASES = ('form', 'redundancy_phase', 'anneal')
 _TEACHER = ('target', 'ema_momentum')
