@@ -187,8 +187,9 @@ def identity(config: Config, # resolved
 def unread(config: Config, # before or after `resolve`
           ) -> list:       # names of fields set by the user that the loss ignores
     "Fields that differ from their default and that the chosen loss does not read: worth a warning."
-    # critics have no correlations to shrink
+    # critics have no correlations to shrink, and squared errors are no nats
     blind = {'shrinkage'} if config.loss == 'pid' and config.estimator == 'infonce' else set()
+    blind |= {'relation_noise'} if config.relation_error == 'squared' else set()
     # the config of a record names its preset and holds what that filled in
     filled = preset_values(config.preset, config.loss) if config.preset in PRESETS else {}
     given = {'form': KNOBS['form'].metadata['presets'], **filled}

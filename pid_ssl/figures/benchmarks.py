@@ -288,7 +288,7 @@ def traces_table(record: dict, # traces
     "Nats that one view tells of its own parameters, net by net: of images that the net was trained on, and of others."
     known, others = ({net: at[which] for net, at in record['nats'].items()} for which in ('trained_on', 'others'))
     for name in [*next(iter(known.values())), 'together']:
-        total = lambda nats: sum(nats.values()) if name == 'together' else nats[name]
+        total = lambda nats: round(sum(nats.values()) if name == 'together' else nats[name], 2) + 0.  # no -0
         yield {'parameter': name, **{net: f'{total(known[net]):.2f} and {total(others[net]):.2f}' for net in known}}
 
 
