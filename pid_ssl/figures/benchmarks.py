@@ -6,8 +6,7 @@
 __all__ = ['SIZES', 'FAULTS', 'GENERATED', 'measured', 'turns', 'pid_speed_table', 'loss_speed_table', 'loss_speed_cells',
            'broja_speed_table', 'broja_check_table', 'by_side', 'view_speed_table', 'train_speed_table',
            'eval_speed_table', 'faults_table', 'reproduced_table', 'reproduced_caption', 'plot_speed', 'cost_table',
-           'gpu_speed_table', 'split_table', 'traces_table', 'plot_growth_pid', 'plot_growth_losses',
-           'plot_growth_steps']
+           'gpu_speed_table', 'split_table', 'plot_growth_pid', 'plot_growth_losses', 'plot_growth_steps']
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #1d263647
 import re
@@ -281,16 +280,6 @@ def split_table(record: dict, # splits
         yield {'dataset': SHORT.get(dataset, dataset), 'pixels a side': str(side),
                **{split: f'{v:.1f}' for split, v in apart.items()},
                'test by train': f"{apart['test']/apart['train']:.2f}"}
-
-@tabled
-def traces_table(record: dict, # traces
-                ):             # pandas DataFrame of text
-    "Nats that one view tells of its own parameters, net by net: of images that the net was trained on, and of others."
-    known, others = ({net: at[which] for net, at in record['nats'].items()} for which in ('trained_on', 'others'))
-    for name in [*next(iter(known.values())), 'together']:
-        total = lambda nats: round(sum(nats.values()) if name == 'together' else nats[name], 2) + 0.  # no -0
-        yield {'parameter': name, **{net: f'{total(known[net]):.2f} and {total(others[net]):.2f}' for net in known}}
-
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #89701d05
 def plot_growth_pid(speed: dict, # pid_speed
