@@ -1,7 +1,9 @@
 """A recipe is the one place where it is said which records a figure is made from."""
 import dataclasses
 import json
+import subprocess
 import warnings
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -44,7 +46,9 @@ def test_every_figure_names_the_recipes_of_its_records():
     for name, entry in MANIFEST.items():
         named = set().union(*(ids[recipe] for recipe in entry.get("recipes", ())))
         assert set(entry["runs"]) <= named or name == "recipes", name
-    assert set().union(*ids.values()) == set(RUNS), "every committed record is in a recipe"
+    listed = subprocess.run(["git", "ls-files", "data/runs"], cwd=ROOT, capture_output=True, text=True, check=True)
+    committed = {Path(name).stem for name in listed.stdout.split()}  # a reader may have made others
+    assert committed and committed <= set().union(*ids.values()), "every committed record is in a recipe"
 
 
 def test_what_gives_a_record_again():
