@@ -16,6 +16,7 @@ from ..data import Dataset, ViewMaker
 from ..data.parameters import own, relation_table, told
 from ..losses import build_loss
 from ..models import ConditionedProjector, EMATeacher, build_encoder, build_projector, feature_maps
+from ..models.narrow import quick_convolutions
 from .processes import Processes, cores, launched
 from .optim import Batches, Compiled, build_optimizer
 
@@ -143,7 +144,7 @@ class _Batch(_Finite):
         if self.relational:
             return self.relation_loss(images)
         v = torch.cat([self.views(images) for _ in range(self.peers)])
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.amp):
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.amp), self.quick:
             z = self.forward(v.contiguous(memory_format=torch.channels_last))
             targets = self._targets(images, v) if self.teacher is not None and self.loss.wants_target else []
         self.batches.append(_statistics(z.detach().float()))
@@ -169,7 +170,7 @@ class _Batch(_Finite):
         rho = told(omega, after, policy, c.tells)
         each = own(omega, policy) if c.w_u or self.own else {}
         v = torch.cat(made).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.amp):
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.amp), self.quick:
             maps = feature_maps(self.embed[0], v, 1)[0] if c.head == 'maps' else None
             h = self.forward(v) if maps is None else maps.mean((2, 3))
             z = self.embed[1](h, self.standardised(each)) if self.own else self.embed[1](h)
@@ -291,4 +292,5 @@ class Pretraining(_Epochs):
         self.log, self.batches = [], []  # of the epoch that is under way: terms, and statistics of the embeddings
         self.source = source_hash()
         self.amp = config.amp == 'on' or config.amp == 'auto' and device == 'cuda'
+        self.quick = quick_convolutions(self.amp and device == 'cpu' and not config.compiled)
         torch.manual_seed(config.seed)

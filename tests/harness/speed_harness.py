@@ -143,7 +143,7 @@ def ours(net, steps, amp="off", **other):
         batch = state.images[rows]
         v = torch.cat([state.views(batch) for _ in range(state.peers)])
         clock("views")
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=state.amp):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=state.amp), state.quick:
             z = state.embed(v.contiguous(**layout)).chunk(state.peers)
         clock("forward")
         loss = state.loss(*z) if state.peers == 2 else state.loss(z)
