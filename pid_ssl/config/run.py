@@ -43,6 +43,8 @@ class _Run(Checked):
     width: int = setting(None, "channels of the small encoder's first stage", lo=4, hi=512)
     init: str = setting(None, 'weights that the encoder starts from: the id of a run, the folder that a run exports, a '
                         'safetensors file, or weights that come with the package; default random ones of the seed')
+    stem_stride: int = setting(0, 'pixels a step of the small encoder\'s first convolution; 0: 2 from 16 px on, else 1',
+                               lo=0, hi=2, absent=0)
     projector_hidden: int = setting(None, "width of the projector's hidden layers", lo=2, hi=65_536)
     projector_dim: int = setting(None, 'width d of the embedding z', lo=2, hi=65_536)
     projector_layers: int = setting(None, 'linear layers of the projector', lo=1, hi=5)
@@ -152,6 +154,7 @@ def _disagreements(c):
     smaller = 8 <= c.early_size <= c.image_size and c.policy != 'none' and c.head == 'pooled'
     yield ('early_size', c.early_size and not smaller,
            f'0, or from 8 to image_size = {c.image_size}, with a policy that draws something and head pooled')
+    yield 'stem_stride', c.stem_stride and c.encoder != 'small', f'0 with encoder {c.encoder}, whose stem is its own'
     yield 'batch_size', c.train_size and c.batch_size > c.train_size, f'at most train_size = {c.train_size}'
     if reads(c, 'whitening_size'):
         least = 2*c.projector_dim

@@ -152,12 +152,15 @@ def load_measured(config: DownstreamConfig, # its run, weights, home and data_di
         return nn.Flatten().to(device).eval(), data, run, about
     about |= {k: run[k] for k in ('dataset', 'train_size', 'image_size', 'encoder', 'width', 'seed')}
     about |= dict(dataset_hash=data.content_hash, epochs=0)
+    stem = run.get('stem_stride', 0)  # which earlier records do not name
+    about |= dict(stem_stride=stem) if stem else {}
     if config.weights == 'pretrained':
         about |= {k: run.get(k) for k in ('epochs', 'loss', 'beta', 'estimator')}
         about['sha256'] = load_checkpoint(folder)[1]['sha256']['encoder.safetensors']
     else:
         torch.manual_seed(run['seed'])
-        encoder = build_encoder(run['encoder'], run['image_size'], data.images['train'].shape[1], run['width'])
+        channels = data.images['train'].shape[1]
+        encoder = build_encoder(run['encoder'], run['image_size'], channels, run['width'], stem)
     encoder.to(device, memory_format=torch.channels_last)
     if config.weights == 'untrained':
         calibrate_batchnorm(encoder, data.images['train'], ViewMaker('none', data.mean, data.std, device=device))

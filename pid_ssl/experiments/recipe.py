@@ -96,6 +96,7 @@ class Measurement(Planned):
         source, weights = Planned(self.encoder), self.config.weights
         run = _resolved(self.encoder, source.device)
         control = ('dataset', 'image_size', 'train_size', 'encoder', 'width', 'seed')
+        control += ('stem_stride',)*bool(run.stem_stride)
         encoder = dict(pretrained=source.key(), untrained={k: getattr(run, k) for k in control}, pixels={})[weights]
         return [measured_fields(resolve_downstream(self.config, vars(run), images)), weights, encoder]
 

@@ -95,8 +95,8 @@ class Start:
              config: Config, # as it was asked for
             ) -> Config:     # with the name, and with the sizes of the run where they are left open
         "The config of a run that starts here."
-        sizes = {k: self.source[k] for k in ('encoder', 'width', 'image_size') if getattr(config, k) is None
-                 and k in self.source}
+        sizes = {k: self.source[k] for k in ('encoder', 'width', 'stem_stride', 'image_size')
+                 if not getattr(config, k) and k in self.source}
         return dataclasses.replace(config, init=self.name, **sizes) if self.name else config
 
     def check(self,

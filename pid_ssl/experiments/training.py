@@ -72,7 +72,7 @@ def build_embed(config: Config,   # resolved
     "Encoder and projector with the weights of the config's seed."
     torch.manual_seed(config.seed)
     channels = dataset.images['train'].shape[1]
-    encoder = build_encoder(config.encoder, config.image_size, channels, config.width)
+    encoder = build_encoder(config.encoder, config.image_size, channels, config.width, config.stem_stride)
     sizes = config.projector_hidden, config.projector_dim, config.projector_layers
     if parameters := len(told_columns(config, channels)):
         return nn.Sequential(encoder, ConditionedProjector(encoder.num_features, parameters, *sizes))

@@ -50,10 +50,12 @@ def build_encoder(name: str,             # 'small', 'resnet18' or 'resnet50'
                   image_size: int = 32,  # pixels a side
                   in_channels: int = 3,  # channels of the images
                   width: int = 24,       # of 'small' only
+                  stem_stride: int = 0,  # of 'small' only; 0: 2 from 16 pixels on, else 1
                  ) -> nn.Module:         # maps (n, c, h, w) to (n, num_features)
     "A backbone whose output is the representation; has the attribute `num_features`."
+    require_value(stem_stride in (0, 1, 2), 'stem_stride', stem_stride, '0, 1, 2')
     if name == 'small':
-        return SmallResNet(width, in_channels, 2 if image_size >= 16 else 1)
+        return SmallResNet(width, in_channels, stem_stride or (2 if image_size >= 16 else 1))
     require_value(name in ('resnet18', 'resnet50'), 'encoder', name, 'small, resnet18, resnet50')
     import torchvision  # loads torch's compiler, for a second or two
     net = getattr(torchvision.models, name)(weights=None)
@@ -180,7 +182,8 @@ def load_encoder(folder: str | Path, # checkpoint of a run, such as `data/checkp
             CheckpointError)
     stem = 'stem.0.weight' if config['encoder'] == 'small' else 'conv1.weight'
     try:
-        encoder = build_encoder(config['encoder'], config['image_size'], weights[stem].shape[1], config['width'])
+        encoder = build_encoder(config['encoder'], config['image_size'], weights[stem].shape[1], config['width'],
+                                config.get('stem_stride', 0))
         encoder.load_state_dict(weights)
     except (ConfigError, KeyError, IndexError, RuntimeError) as e:
         raise CheckpointError(f"{at}: encoder.safetensors does not fit {config['encoder']!r} of that config "
