@@ -23,49 +23,51 @@ def barlow_sums(c12: torch.Tensor, # (d, d) cross-correlation of the views
     return on + weight*off, dict(invariance=on, feature_redundancy=off, c=c.mean())
 
 # %% ../../nbs/losses/52_baselines.ipynb #5b0c1e02
-MANY = 1024 # samples from which on torch's kernels do it
+MANY = 512 # samples from which on torch's kernels do it
+
+def _mean(x):
+    return x.sum(0).div_(float(len(x)))  # an integer would be converted first, which takes longer than the sum
 
 def _standardised(z, eps=1e-5):
     # `standardise` in one buffer, and the mean and scale that its gradient needs
     if len(z) >= MANY:
         return torch.native_batch_norm(z, None, None, None, None, True, 0., eps)
-    mean = z.mean(0)
+    mean = _mean(z)
     x = z - mean
-    scale = x.mul_(x).mean(0).add_(eps).rsqrt_()
+    scale = _mean(x.mul_(x)).add_(eps).rsqrt_()
     return torch.sub(z, mean, out=x).mul_(scale), mean, scale
 
-def _before(g, z, mean, scale, part, eps=1e-5):
-    # the gradient g of standardised values, in place or not, becomes that of z; part is a buffer of fewer
+def _before(g, z, mean, scale, eps=1e-5):
+    # the gradient g of standardised values becomes that of z
     if len(z) >= MANY:
         of_z = True, False, False
         return torch.ops.aten.native_batch_norm_backward(g, z, None, None, None, mean, scale, True, eps, of_z)[0]
-    slope = torch.sub(z, mean, out=part).mul_(g).sum(0).mul_(scale.pow(3)).div_(-len(z))
-    g.mul_(scale).add_(torch.sub(z, mean, out=part).mul_(slope))
-    return g.sub_(g.sum(0).div_(len(z)))
+    x = z - mean
+    slope = (x*g).sum(0).mul_(scale.pow(3)).div_(-float(len(z)))
+    g.mul_(scale).add_(x.mul_(slope))
+    return g.sub_(_mean(g))
 
 class _Equation1(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z1, z2, weight):
+    def forward(ctx, z1, z2, weight, told):
         (x, *by1), (y, *by2) = _standardised(z1), _standardised(z2)
-        c12 = (x.T @ y).div_(len(x))
+        c12 = (x.T @ y).div_(float(len(x)))
         loss, terms = barlow_sums(c12, weight)
         ctx.save_for_backward(z1, z2, x, y, c12, *by1, *by2)
         ctx.weight = weight
-        ctx.mark_non_differentiable(*terms.values())
-        return loss, *terms.values()
+        told.update(terms)
+        return loss
 
     @staticmethod
-    def backward(ctx, g, *_):
+    def backward(ctx, g):
         z1, z2, x, y, c12, *by = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants the gradient of the gradient
             loss, _ = barlow_sums(cross_correlation(standardise(z1), standardise(z2)), ctx.weight)
-            return *torch.autograd.grad(loss, (z1, z2), g, create_graph=True), None
+            return *torch.autograd.grad(loss, (z1, z2), g, create_graph=True), None, None
         g12 = c12*(2*ctx.weight*g)
         g12.diagonal().copy_((1 - c12.diagonal()).mul_(-2*g))
-        g12.div_(len(x))
-        g1 = y @ g12.T
-        part = torch.empty_like(g1) if len(x) < MANY else None
-        return _before(g1, z1, *by[:2], part), _before(x @ g12, z2, *by[2:], part), None
+        g12.div_(float(len(x)))
+        return _before(y @ g12.T, z1, *by[:2]), _before(x @ g12, z2, *by[2:]), None, None
 
 # %% ../../nbs/losses/52_baselines.ipynb #5b0c1e03
 class BarlowTwins(SSLLoss):
@@ -77,8 +79,8 @@ class BarlowTwins(SSLLoss):
 
     def compute(self, z1, z2):
         # barlow_sums(cross_correlation(standardise(z1), standardise(z2)), lambda_param)
-        loss, *terms = _Equation1.apply(z1, z2, self.lambda_param)
-        return loss, dict(zip(('invariance', 'feature_redundancy', 'c'), terms))
+        terms = {}
+        return _Equation1.apply(z1, z2, self.lambda_param, terms), terms
 
     def compute_peers(self, *z):
         # the mean of C over ordered pairs of different views: all pairs less those of a view with itself
