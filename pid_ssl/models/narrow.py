@@ -22,10 +22,12 @@ def side_by_side(x: torch.Tensor,  # (n, c, h, w), w at most `side`
     "Images beside each other, zeros after each of them and in place of those that the last row lacks."
     n, c, h, w = x.shape
     rows, rest = divmod(n, together)
-    out, x = x.new_zeros(rows + bool(rest), h, together, side, c), x.movedim(1, -1)
+    out, x = x.new_empty(rows + bool(rest), h, together, side, c), x.movedim(1, -1)
+    out[:, :, :, w:] = 0
     out[:rows, :, :, :w] = x[:n - rest].view(rows, together, h, w, c).transpose(1, 2)
     if rest:
         out[rows, :, :rest, :w] = x[n - rest:].transpose(0, 1)
+        out[rows, :, rest:] = 0
     return out.flatten(2, 3).movedim(-1, 1)
 
 def weight_gradient(x: torch.Tensor,      # (n, c_in, h, w), what went in
