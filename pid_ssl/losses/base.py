@@ -36,8 +36,8 @@ def scale_gradient(x: torch.Tensor, # any shape
 def off_diagonal(m: torch.Tensor, # (d, d)
                 ) -> torch.Tensor: # (d * (d - 1),)
     "Entries off the diagonal."
-    d = len(m)
-    return m.flatten()[:-1].view(d - 1, d + 1)[:, 1:].flatten()
+    d, m = len(m), m.contiguous()
+    return m.as_strided((d - 1, d), (d + 1, 1), m.storage_offset() + 1).flatten()
 
 # %% ../../nbs/losses/51_base.ipynb #58f1f8e9
 class _Gather(torch.autograd.Function):

@@ -20,7 +20,7 @@ def barlow_sums(c12: torch.Tensor, # (d, d) cross-correlation of the views
     "Equation 1 of Barlow Twins for a cross-correlation matrix."
     c, off = c12.diagonal(), off_diagonal(c12).square().sum()
     on = (1 - c).square().sum()
-    return on + weight*off, dict(invariance=on, feature_redundancy=off, c=c.mean())
+    return on + weight*off, dict(invariance=on, feature_redundancy=off, c=c.sum()/float(len(c)))
 
 # %% ../../nbs/losses/52_baselines.ipynb #5b0c1e02
 MANY = 512 # samples from which on torch's kernels do it
@@ -29,22 +29,22 @@ def _mean(x):
     return x.sum(0).div_(float(len(x)))  # an integer would be converted first, which takes longer than the sum
 
 def _standardised(z, eps=1e-5):
-    # `standardise` in one buffer, and the mean and scale that its gradient needs
+    # `standardise`, and what its gradient needs
     if len(z) >= MANY:
-        return torch.native_batch_norm(z, None, None, None, None, True, 0., eps)
-    mean = _mean(z)
-    x = z - mean
-    scale = _mean(x.mul_(x)).add_(eps).rsqrt_()
-    return torch.sub(z, mean, out=x).mul_(scale), mean, scale
+        x, mean, scale = torch.native_batch_norm(z, None, None, None, None, True, 0., eps)
+        return x, z, mean, scale
+    x = z - _mean(z)
+    scale = _mean(x*x).add_(eps).rsqrt_()
+    return x*scale, x, scale
 
-def _before(g, z, mean, scale, eps=1e-5):
-    # the gradient g of standardised values becomes that of z
-    if len(z) >= MANY:
-        of_z = True, False, False
-        return torch.ops.aten.native_batch_norm_backward(g, z, None, None, None, mean, scale, True, eps, of_z)[0]
-    x = z - mean
-    slope = (x*g).sum(0).mul_(scale.pow(3)).div_(-float(len(z)))
-    g.mul_(scale).add_(x.mul_(slope))
+def _before(g, x, *by, eps=1e-5):
+    # the gradient g of standardised values becomes that of what they were
+    if len(x) >= MANY:
+        of_x = True, False, False
+        return torch.ops.aten.native_batch_norm_backward(g, x, None, None, None, *by, True, eps, of_x)[0]
+    (scale,) = by
+    slope = (x*g).sum(0).mul_(scale.pow(3)).div_(-float(len(x)))
+    g.mul_(scale).add_(x*slope)
     return g.sub_(_mean(g))
 
 class _Equation1(torch.autograd.Function):
@@ -67,7 +67,8 @@ class _Equation1(torch.autograd.Function):
         g12 = c12*(2*ctx.weight*g)
         g12.diagonal().copy_((1 - c12.diagonal()).mul_(-2*g))
         g12.div_(float(len(x)))
-        return _before(y @ g12.T, z1, *by[:2]), _before(x @ g12, z2, *by[2:]), None, None
+        half = len(by)//2
+        return _before(y @ g12.T, *by[:half]), _before(x @ g12, *by[half:]), None, None
 
 # %% ../../nbs/losses/52_baselines.ipynb #5b0c1e03
 class BarlowTwins(SSLLoss):
