@@ -34,10 +34,10 @@ def scale_gradient(x: torch.Tensor, # any shape
     return k*x + (1 - k)*x.detach()
 
 def off_diagonal(m: torch.Tensor, # (d, d)
-                ) -> torch.Tensor: # (d * (d - 1),)
-    "Entries off the diagonal."
+                ) -> torch.Tensor: # (d - 1, d), a view where m is contiguous
+    "Entries off the diagonal, in the order of rows."
     d, m = len(m), m.contiguous()
-    return m.as_strided((d - 1, d), (d + 1, 1), m.storage_offset() + 1).flatten()
+    return m.as_strided((d - 1, d), (d + 1, 1), m.storage_offset() + 1)
 
 # %% ../../nbs/losses/51_base.ipynb #58f1f8e9
 class _Gather(torch.autograd.Function):

@@ -20,7 +20,7 @@ def barlow_sums(c12: torch.Tensor, # (d, d) cross-correlation of the views
     "Equation 1 of Barlow Twins for a cross-correlation matrix."
     c, off = c12.diagonal(), off_diagonal(c12).square().sum()
     on = (1 - c).square().sum()
-    return on + weight*off, dict(invariance=on, feature_redundancy=off, c=c.sum()/float(len(c)))
+    return on + weight*off, dict(invariance=on, feature_redundancy=off, c=c.mean())
 
 # %% ../../nbs/losses/52_baselines.ipynb #5b0c1e02
 MANY = 512 # samples from which on torch's kernels do it
