@@ -20,6 +20,7 @@ def _losses(head, h, told, priors):
             for x, p, y in zip(logits, priors, told.unbind(1))]
     return torch.stack(each, 1)
 
+@torch.inference_mode(False) # it trains, whoever calls it
 def held_out_bits(fit: tuple,          # (n, f) features of each view
                   told: torch.Tensor,  # (n, k) the value of each target, from 0
                   held: tuple,         # (m, f) features of each view of other images
@@ -32,32 +33,32 @@ def held_out_bits(fit: tuple,          # (n, f) features of each view
                  ) -> torch.Tensor:    # (m, k) float64: log2 q(y|h) - log2 p(y), whose mean is the bound
     "What a head on one view or two tells of each target in each held-out sample."
     mean, std = (torch.cat([getattr(h, k)(0, keepdim=True) for h in fit]) for k in ('mean', 'std'))
-    scaled = lambda views: [(h - m)/s.clamp(min=1e-6) for h, m, s in zip(views, mean, std)]
+    std = std.masked_fill(std <= 1e-6*std.amax(1, keepdim=True), 1)  # what was silent is not made loud
+    scaled = lambda views: [(h - m)/s for h, m, s in zip(views, mean, std)]
     fit, held = scaled(fit), scaled(held)
     values = {f'{j} {v}': Column(True, 0.5, 0.5, 0.) for j, p in enumerate(priors) for v in range(len(p))}
     g = torch.Generator().manual_seed(seed)
     rows, others = (~check).nonzero()[:, 0], ([h[check] for h in fit], told[check])
     out, best = torch.zeros(held_told.shape, dtype=torch.float64), torch.zeros(len(priors))
-    with torch.enable_grad():
-        head = Teller(fit[0].shape[1], values, len(fit), hidden, seed)
-        torch.nn.init.zeros_(head.rest[-1].weight)
-        torch.nn.init.zeros_(head.rest[-1].bias)
-        steps = max(1, len(rows)//256)
-        optimizer = torch.optim.AdamW(head.parameters(), weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs*steps)
-        for _ in range(epochs):
-            for i in rows[torch.randperm(len(rows), generator=g)].tensor_split(steps):
-                optimizer.zero_grad()
-                _losses(head, [h[i] for h in fit], told[i], priors).mean(0).sum().backward()
-                optimizer.step()
-                schedule.step()
-            with torch.no_grad():
-                head.eval()
-                cost = _losses(head, *others, priors).mean(0)
-                better = cost < best
-                best[better] = cost[better]
-                out[:, better] = -_losses(head, held, held_told, priors)[:, better].double()/math.log(2)
-                head.train()
+    head = Teller(fit[0].shape[1], values, len(fit), hidden, seed)
+    torch.nn.init.zeros_(head.rest[-1].weight)
+    torch.nn.init.zeros_(head.rest[-1].bias)
+    steps = max(1, len(rows)//256)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs*steps)
+    for _ in range(epochs):
+        for i in rows[torch.randperm(len(rows), generator=g)].tensor_split(steps):
+            optimizer.zero_grad()
+            _losses(head, [h[i] for h in fit], told[i], priors).mean(0).sum().backward()
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            head.eval()
+            cost = _losses(head, *others, priors).mean(0)
+            better = cost < best
+            best[better] = cost[better]
+            out[:, better] = -_losses(head, held, held_told, priors)[:, better].double()/math.log(2)
+            head.train()
     return out
 
 # %% ../../nbs/evaluate/69_heads.ipynb #ac4e2007

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..config import ConfigError, require_value
+from .probes import evaluating
 
 # %% ../../nbs/evaluate/69_read.ipynb #ac4e3007
 LEAST = 40  # images: fewer say nothing about held-out ones
@@ -94,10 +95,5 @@ def reading(encoder: nn.Module, # any
     "Read an encoder without changing it."
     require_value(isinstance(encoder, nn.Module), 'encoder', type(encoder),
                   'a torch.nn.Module that maps images to features')
-    modes = [(m, m.training) for m in encoder.modules()]
-    try:
-        with torch.no_grad():
-            yield Reader(encoder).eval()
-    finally:
-        for m, mode in modes:
-            m.training = mode
+    with evaluating(Reader(encoder)) as reader, torch.no_grad():
+        yield reader

@@ -9,6 +9,7 @@ __all__ = ['checked_features', 'rankme', 'alpha_req', 'alignment', 'uniformity',
 import torch
 import torch.nn.functional as F
 from ..config import require
+from ..pid.base import centred
 
 # %% ../../nbs/evaluate/68_spectrum.ipynb #ac4e1007
 def checked_features(h: torch.Tensor, # (n, f)
@@ -32,7 +33,7 @@ def alpha_req(h: torch.Tensor, # (n, f) features
              ) -> float:       # at least 3 directions, else not a number
     "Exponent of the power law of the covariance's eigenvalues (Agrawal et al. 2022), from the upper half of them."
     h = checked_features(h)
-    eigenvalues = torch.linalg.svdvals(h - h.mean(0)).square()
+    eigenvalues = torch.linalg.svdvals(centred(h)).square()
     eigenvalues = eigenvalues[eigenvalues > 1e-12*eigenvalues[0]]
     y = eigenvalues[:max(3, len(eigenvalues)//2)].log()
     x = torch.arange(1, len(y) + 1, dtype=y.dtype).log()
@@ -51,13 +52,14 @@ def uniformity(h: torch.Tensor, # (n, f) features
               ) -> float:       # -8 .. 0
     "Logarithm of the mean of exp(-2 |x - y|^2) over pairs of images on the unit sphere (Wang and Isola 2020)."
     x = F.normalize(checked_features(h), dim=1)
-    near = (4*(x @ x.T) - 4).exp()
+    norm = x.any(1).double()  # 0 for features that are all 0
+    near = (4*(x @ x.T) - 2*(norm + norm[:, None])).exp()
     return ((near.sum() - near.trace())/(len(x)*(len(x) - 1))).log().item()
 
 def canonical_correlations(h1: torch.Tensor, # (n, f) features of view 1
                            h2: torch.Tensor, # (n, g) of view 2
                           ) -> torch.Tensor: # (min of the ranks,) 0 .. 1, descending
     "Correlations of the directions in which two views agree most; those of no variance are left out."
-    parts = [torch.linalg.svd(h - h.mean(0), full_matrices=False) for h in map(checked_features, (h1, h2))]
+    parts = [torch.linalg.svd(centred(h), full_matrices=False) for h in map(checked_features, (h1, h2))]
     bases = [u[:, s > 1e-6*s[0].clamp(min=1e-300)] for u, s, _ in parts]
     return torch.linalg.svdvals(bases[0].T @ bases[1]).clamp(max=1)

@@ -14,6 +14,7 @@ from .probes import (check_labels, extract_features, linear_probe, mlp_probe, re
                                      view_features)
 from ..losses import standardise
 from ..pid import pid_samples, quantise, scalar_information
+from ..pid.base import constant
 from ..pid.quantised import count_pid
 from ..pid.samples import NAMES, confidence_interval, named
 
@@ -90,7 +91,7 @@ def image_pid(h1: torch.Tensor, # (n, f) features of view 1
     most = min(t.shape[1], (len(t) - 1)//6)
     require(1 <= components <= most, 'components', f'got {components}',
             f'1 to {most}, with {len(t)} images of {t.shape[1]} features')
-    mean, std = t.mean(0), t.std(0).clamp(min=1e-8)
+    mean, std = t.mean(0), t.std(0).masked_fill(constant(t), 1)
     value, vector = torch.linalg.eigh(((t - mean)/std).T.cov())
     z1, z2, t = (((h - mean)/std) @ vector[:, -components:] for h in (h1, h2, t))
     pid = pid_samples(z1, z2, t, 'gaussian', interval='jackknife', bias_correct=True)

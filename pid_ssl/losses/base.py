@@ -36,8 +36,8 @@ def scale_gradient(x: torch.Tensor, # any shape
 def off_diagonal(m: torch.Tensor, # (d, d)
                 ) -> torch.Tensor: # (d - 1, d), a view where m is contiguous
     "Entries off the diagonal, in the order of rows."
-    d, m = len(m), m.contiguous()
-    return m.as_strided((d - 1, d), (d + 1, 1), m.storage_offset() + 1)
+    d = len(m)
+    return m.flatten()[1:].as_strided((d - 1, d), (d + 1, 1))
 
 # %% ../../nbs/losses/51_base.ipynb #58f1f8e9
 class _Gather(torch.autograd.Function):
@@ -50,7 +50,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # others have it, too
         dist.all_reduce(grad)
         return grad[ctx.rows]
 
@@ -78,11 +78,12 @@ class RunningMean(nn.Module):
         if not self.momentum:
             return x
         if self.mean.shape != x.shape:
-            self.mean = torch.zeros_like(x, requires_grad=False)
+            self.mean, self.count = torch.zeros_like(x, requires_grad=False), torch.zeros_like(self.count)
         m = torch.clamp(self.count/(self.count + 1), max=self.momentum).to(x.dtype)
         mean = m*self.mean + (1 - m)*x.detach()
         if self.training:
-            self.mean, self.count = mean, self.count + 1
+            finite = mean.isfinite().all()  # a batch that is not would stay in every later average
+            self.mean, self.count = torch.where(finite, mean, self.mean), self.count + finite
         return mean + x - x.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -119,8 +120,8 @@ def _check_inputs(loss, views, targets):
     if alone and z1.ndim == 2 and len(z1) > 1 and z1.shape == getattr(views[1], 'shape', None):
         return  # words are for what is wrong
     shapes = [None if z is None else tuple(z.shape) for z in views]
-    require(z1.ndim == 2 and len(set(shapes)) == 1, 'z1, z2', f"got shapes {' and '.join(map(str, shapes))}",
-            'the same (n, d) twice')
+    found = f"shapes {' and '.join(map(str, shapes))}" if len(shapes) == 2 else f'{len(shapes)} views of {shapes[0]}'
+    require(z1.ndim == 2 and len(set(shapes)) == 1, 'z1, z2', f'got {found}', 'the same (n, d) twice')
     require(len(views) == 2 or not loss.needs_target, 'z1', f'got {len(shapes)} views',
             f'2, {name} compares them with a target')
     require(len(z1) > 1, 'z1', f'got a batch of {len(z1)}', 'at least 2 samples, the statistics are over the batch')

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..config import require, require_value
 from .base import SSLLoss, check_integer, check_weight, cross_correlation, off_diagonal, standardise
+from ..pid.base import centred
 
 # %% ../../nbs/losses/52_baselines.ipynb #a73b729a
 def barlow_sums(c12: torch.Tensor, # (d, d) cross-correlation of the views
@@ -47,6 +48,9 @@ def _before(g, x, *by, eps=1e-5):
     g.mul_(scale).add_(x*slope)
     return g.sub_(_mean(g))
 
+def _equation1(z1, z2, weight):
+    return barlow_sums(cross_correlation(standardise(z1), standardise(z2)), weight)
+
 class _Equation1(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z1, z2, weight, told):
@@ -62,8 +66,10 @@ class _Equation1(torch.autograd.Function):
     def backward(ctx, g):
         z1, z2, x, y, c12, *by = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants the gradient of the gradient
-            loss, _ = barlow_sums(cross_correlation(standardise(z1), standardise(z2)), ctx.weight)
-            return *torch.autograd.grad(loss, (z1, z2), g, create_graph=True), None, None
+            apart = [z.view_as(z) for z in (z1, z2)]  # one may be made of the other
+            wanted = [z for z, needed in zip(apart, ctx.needs_input_grad) if needed]
+            found = iter(torch.autograd.grad(_equation1(*apart, ctx.weight)[0], wanted, g, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None
         g12 = c12*(2*ctx.weight*g)
         g12.diagonal().copy_((1 - c12.diagonal()).mul_(-2*g))
         g12.div_(float(len(x)))
@@ -79,7 +85,8 @@ class BarlowTwins(SSLLoss):
         super().__init__(lambda_param=lambda_param)
 
     def compute(self, z1, z2):
-        # barlow_sums(cross_correlation(standardise(z1), standardise(z2)), lambda_param)
+        if torch.compiler.is_compiling():  # a compiler finds the short way by itself
+            return _equation1(z1, z2, self.lambda_param)
         terms = {}
         return _Equation1.apply(z1, z2, self.lambda_param, terms), terms
 
@@ -94,12 +101,14 @@ def whiten(z: torch.Tensor,   # (m, d), m > d
            eps: float = 0.,   # added to the covariance's diagonal
           ) -> torch.Tensor:  # (m, d) with identity covariance (divisor m - 1)
     "Cholesky whitening (Siarohin et al. 2019); raises `ValueError` when the covariance is singular."
-    z = z - z.mean(0)
+    z = centred(z)
     cov = z.T @ z/(len(z) - 1)
     if eps:
         cov = cov + eps*torch.eye(len(cov), dtype=z.dtype, device=z.device)
     factor, info = torch.linalg.cholesky_ex(cov)
-    if info:
+    alone = factor.diagonal().square()  # of each coordinate what those before it do not tell
+    if (info > 0) | (alone <= 8*torch.finfo(z.dtype).eps*cov.diagonal()).any():
+        require(z.isfinite().all(), 'z', 'values that are not finite', 'finite numbers')
         raise ValueError(f'covariance of a sub-batch of {len(z)} samples in {z.shape[1]} dimensions is singular '
                          f'(leading minor {int(info)}): the embedding has collapsed or the sub-batch is too small; use '
                          'whitening_size of at least twice the dimension, or eps > 0')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PID', 'pid_from_union', 'need', 'check_base', 'check_count', 'check_choice', 'check_pmf', 'check_dims', 'check_cov',
-           'cholesky', 'check_samples']
+           'cholesky', 'check_samples', 'constant', 'centred']
 
 # %% ../../nbs/pid/11_base.ipynb #c3f59beb
 import math
@@ -188,3 +188,18 @@ def check_samples(
     sizes = {name: len(x) for name, x in zip(names, out)}
     need(len(set(sizes.values())) <= 1, f"different numbers of samples: {sizes}")
     return out
+
+
+def constant(
+    x: Tensor,  # `(n, d)`
+) -> Tensor:
+    "Which columns are constant but for rounding, `(d,)`"
+    x = x.detach()
+    return x.amax(0) - x.amin(0) <= 8 * torch.finfo(x.dtype).eps * x.abs().amax(0)
+
+
+def centred(
+    x: Tensor,  # `(n, d)`
+) -> Tensor:
+    "Less the mean of each column; of a constant one exactly 0, where rounding would leave what passes for variation"
+    return (x - x.mean(0)).masked_fill(constant(x), 0)

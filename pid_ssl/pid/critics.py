@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .base import check_count, check_samples, need
+from .base import check_count, check_samples, constant, need
 
 # %% ../../nbs/pid/16_critics.ipynb #299ac847
 def infonce(
@@ -78,8 +78,8 @@ class InfoNCEFit(NamedTuple):
 # %% ../../nbs/pid/16_critics.ipynb #66a2c320
 def _standardised(x, rows):
     "All of x by the mean and standard deviation of some rows; a constant coordinate stays 0"
-    sd = x[rows].std(0)
-    return (x - x[rows].mean(0)) / torch.where(sd > 0, sd, 1)
+    sd = x[rows].std(0).masked_fill(constant(x[rows]), 1)
+    return (x - x[rows].mean(0)) / sd
 
 
 @torch.no_grad()
@@ -89,6 +89,7 @@ def _evaluate(critics, data, rows, size):
     return torch.cat([critics(*(x[i] for x in data)) for i in parts]), min(len(i) for i in parts)
 
 # %% ../../nbs/pid/16_critics.ipynb #6b468dff
+@torch.inference_mode(False)
 def fit_infonce(
     z1: Tensor,  # `(n, d1)`
     z2: Tensor,  # `(n, d2)`
@@ -105,8 +106,8 @@ def fit_infonce(
 ) -> InfoNCEFit:
     "Train critics on one half of the samples and evaluate them on the other"
     z1, z2, t = (x.detach().float() for x in check_samples(("z1", "z2", "t"), z1, z2, t))
-    n, steps = len(z1), round(share * steps)
     check_count("an integer of at least 1", 1, steps=steps)
+    n, steps = len(z1), max(1, round(share * steps))
     check_count("an integer of at least 2", 2, batch=batch, eval_batch=eval_batch)
     need(n >= 40, f"n={n} samples: training, stopping and held-out evaluation of critics need at least 40")
     generator = torch.Generator().manual_seed(seed)
@@ -132,6 +133,7 @@ def fit_infonce(
                 for k, value in enumerate(_evaluate(critics, data, stop, eval_batch)[0].mean(0).tolist()):
                     if value > best[k][0]:
                         best[k] = value, step, copy.deepcopy([parts[k].state_dict() for parts in heads])
+    need(all(states for *_, states in best), f"lr={lr!r}: no step of training gave finite values; need a smaller one")
     for k, (_, _, states) in enumerate(best):
         for parts, state in zip(heads, states):
             parts[k].load_state_dict(state)

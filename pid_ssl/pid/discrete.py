@@ -60,6 +60,35 @@ def _one_table(p, tol):
     return [i1, i2, i12, value + t, max(gap, 0.0)] if gap <= tol else None
 
 # %% ../../nbs/pid/15_discrete.ipynb #cd15776e
+class _Once(torch.autograd.Function):
+    "A derivative by p, of which none is known"
+
+    @staticmethod
+    def forward(ctx, slope, p):
+        return slope.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("BROJA atoms are differentiable once; measure='mmi' and 'wb' are so twice")
+
+
+class _Envelope(torch.autograd.Function):
+    "The value with its derivatives `a` and `b` by p1 and p2"
+
+    @staticmethod
+    def forward(ctx, p1, p2, value, a, b):
+        ctx.save_for_backward(p1, p2, a, b)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        p1, p2, a, b = ctx.saved_tensors
+        a, b = grad[:, None, None] * a, grad[:, None, None] * b
+        if torch.is_grad_enabled():
+            a, b = _Once.apply(a, p1), _Once.apply(b, p2)
+        return a, b, None, None, None
+
+
 def _union_broja(p, tol):
     "BROJA union information in nats and its gap, `(...)` each"
     batch, (n1, n2, nt) = p.shape[:-3], p.shape[-3:]
@@ -72,17 +101,18 @@ def _union_broja(p, tol):
     if (gap > 1e-6).any():
         unsolved = f"{(gap > 1e-6).sum()} of {len(gap)} tables have a gap up to {gap.max():.1e} nats"
         warnings.warn(f"BROJA: {unsolved}", RuntimeWarning)
-    value = value + (a * (p1 - p1.detach())).sum((-1, -2)) + (b * (p2 - p2.detach())).sum((-1, -2))  # envelope theorem
+    value = _Envelope.apply(p1, p2, value, a, b)
     return (value - _plogp(flat.sum((1, 2)), -1)).view(batch), gap.view(batch)
 
-
+# %% ../../nbs/pid/15_discrete.ipynb #d1c5e0a7
 def pid_discrete(
     pmf: Tensor,  # `(..., n1, n2, nt)` joint probabilities of Z1, Z2, T; each table sums to 1
     measure: str = "broja",  # broja, wb (Williams-Beer), or mmi
     base: float = math.e,  # e for nats, 2 for bits
     tol: float = 1e-9,  # wanted BROJA gap in nats
 ) -> PID:
-    "Decomposition of probability tables, batched on any device, in float64; `ValueError` for an invalid table"
+    """Decomposition of probability tables, batched on any device, in float64; `ValueError` for an invalid table.
+    Differentiable, `broja` once."""
     check_choice("measure", measure, MEASURES)
     p = check_pmf(pmf)
     if measure == "broja" and _alone(p):

@@ -20,10 +20,12 @@ COMPONENTS = 3  # of a mixture: skewed and of two humps, and still few numbers t
 
 
 def normal_scores(
-    t: Tensor,  # `(n, d)`, in random order where values occur more than once
+    t: Tensor,  # `(n, d)`
 ) -> Tensor:
-    "Ranks of each coordinate as quantiles of the normal distribution, float32"
-    return torch.special.ndtri((t.argsort(0).argsort(0) + 0.5) / len(t)).float()
+    "Ranks of each coordinate as quantiles of the normal distribution, float32; those of equal values are drawn by lot"
+    lot = torch.rand(t.shape, generator=torch.Generator().manual_seed(0)).argsort(0).to(t.device)
+    order = lot.gather(0, t.gather(0, lot).argsort(dim=0, stable=True))
+    return torch.special.ndtri((order.argsort(0) + 0.5) / len(t)).float()
 
 
 def log_density(
@@ -84,6 +86,7 @@ class Heads(nn.Module):
         self.start[..., 2 * COMPONENTS :] += left.log() / 2
 
 # %% ../../nbs/pid/16_heads.ipynb #2976fbd3
+@torch.inference_mode(False)
 def told_nats(
     z1: Tensor,  # `(n, d1)`
     z2: Tensor,  # `(n, d2)`

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import (check_base, check_choice, check_count, check_cov, check_dims, check_samples,
+from .base import (centred, check_base, check_choice, check_count, check_cov, check_dims, check_samples,
                               cholesky, need)
 
 # %% ../../nbs/pid/12_information.ipynb #f26b3303
@@ -107,7 +107,7 @@ def coordinate_correlations(
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Per-coordinate corr(z1,t), corr(z2,t), corr(z1,z2), each `(d,)`; a constant coordinate reads 0"
     def unit(x):
-        x = x - x.mean(0)
+        x = centred(x)
         norm = x.norm(dim=0)
         return x / torch.where(norm > 0, norm, 1)
 
@@ -139,7 +139,7 @@ def sample_covariance(
     (x,) = check_samples(("x",), x)
     n, d = x.shape
     need(n >= 2, f"x holds {n} sample: a covariance needs at least 2")
-    x = x - x.mean(0)
+    x = centred(x)
     cov = x.mT @ x / (n - 1)
     if shrinkage == "none":
         return cov, cov.new_zeros(())
@@ -154,7 +154,7 @@ def sample_covariance(
             alpha = ((1 - 2 / d) * square + trace**2) / ((n + 1 - 2 / d) * spread)
         else:
             alpha = ((y * y).sum(-1).square().mean() - square) / (n * spread)
-        alpha = alpha.clamp(0, 1)
+        alpha = alpha.nan_to_num(1).clamp(0, 1)  # one coordinate: nothing to shrink, whatever the share
     else:
         need(0 <= shrinkage <= 1,
              f"shrinkage={shrinkage!r}: choose from {', '.join(SHRINKAGE)}, or a number from 0 to 1")

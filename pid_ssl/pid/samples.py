@@ -60,7 +60,7 @@ def confidence_interval(
         values = torch.stack([estimate(torch.randint(n, (n,), generator=generator)) for _ in range(replicates)])
         spread = lambda x: x.std(0)
     i1, i2 = values[:, NAMES.index("i1")], values[:, NAMES.index("i2")]
-    lacks = math.sqrt(minima / (2 * math.pi)) * spread(i1 - i2) * torch.tensor([1.0] * 4 + [0.0] * 3)
+    lacks = math.sqrt(minima / (2 * math.pi)) * spread(i1 - i2) * values.new_tensor([1.0] * 4 + [0.0] * 3)
     deviations = math.sqrt(2) * torch.erfinv(torch.tensor(level, dtype=torch.float64))
     half = deviations * spread(values) + lacks.clamp(min=to_come)
     return {name: torch.stack([m - h, m + h]) for name, m, h in zip(NAMES, everything, half)}
