@@ -6,13 +6,14 @@
 __all__ = ['torchvision_source', 'data_folders', 'open_source', 'Stored']
 
 # %% ../../nbs/data/34_sources.ipynb #13ea094f
-import dataclasses, difflib, hashlib, os, warnings
+import dataclasses, difflib, hashlib, operator, os, warnings
 from collections.abc import Iterator
 from pathlib import Path
 import numpy as np
 import torch
 from ..config import project_root
-from .files import folder_source, images_below, is_hidden, is_image, listed_source, listing, split_of, walk
+from .files import (folder_source, images_below, is_hidden, is_image, listed_source, listing, split_of,
+                                walk, warn_left)
 from .parquet import Shard, parquet_files, parquet_source
 from .images import CHUNK, DataError, Source, check_class_numbers, expect, file_hash
 from .table import DATASETS, fetch_command
@@ -168,8 +169,11 @@ class Stored:
                  path: Path, # a folder, or a Parquet file
                 ):
         self.root = path if path.is_dir() else path.parent
-        self.files, self.shards = (images_below(path)[0] if path.is_dir() else []), []
-        if not self.files:
+        self.files, left = images_below(path) if path.is_dir() else ([], ())
+        self.shards = []
+        if self.files:
+            warn_left(path, left)
+        else:
             found = walk(path) if path.is_dir() else [path]
             named = [p for p in found if p.suffix.lower() == '.parquet' and p.is_file()]
             self.shards = [Shard(p, 'none') for p in named if not any(map(is_hidden, p.relative_to(self.root).parts))]
@@ -183,14 +187,15 @@ class Stored:
     def names(self,
               start: int, # of the first image
               stop: int,  # after the last
-             ) -> list:   # of (file below the folder, row or None, bytes of the file)
-        "What the images are called."
+             ) -> list:   # of (file below the folder, row or None, bytes of the file and its time of change)
+        "What the images are called, and how a change is seen."
         name = lambda path: path.relative_to(self.root).as_posix().encode(errors='surrogateescape')
-        about = lambda path: (name(path).decode(errors='backslashreplace'), path.stat().st_size)
+        state = lambda path: operator.attrgetter('st_size', 'st_mtime_ns')(path.stat())
+        about = lambda path: (name(path).decode(errors='backslashreplace'), state(path))
         if not self.shards:
-            return [(file, None, size) for file, size in map(about, self.files[start:stop])]
-        return [(file, row, size) for _, shard, rows in self._rows(start, stop)
-                for file, size in [about(shard.path)] for row in rows.tolist()]
+            return [(file, None, now) for file, now in map(about, self.files[start:stop])]
+        return [(file, row, now) for _, shard, rows in self._rows(start, stop)
+                for file, now in [about(shard.path)] for row in rows.tolist()]
 
     def _rows(self, start, stop):
         # (first image of the shard, shard, those of its rows that are asked for)

@@ -248,7 +248,8 @@ def run_downstream(config: DownstreamConfig, # what to measure
     dataset = _measured_on(resolve_downstream(config, run), pretraining, run)
     require_value(dataset.labels, 'dataset', config.dataset, f'one with labels; {dataset.name} has none')
     for data in (pretraining, dataset):
-        if strange := other_data(dataclasses.replace(config, dataset=data.name), data.content_hash):
+        labels = run.get('labels') if data is pretraining else None
+        if strange := other_data(dataclasses.replace(config, dataset=data.name), data.content_hash, labels):
             warnings.warn(strange)
     c = resolve_downstream(config, run, len(dataset.images['train']))
     rid = downstream_id(c, dataset.content_hash, about, device)

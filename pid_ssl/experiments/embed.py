@@ -21,7 +21,7 @@ from ..data.images import decode, pixels
 from ..data.sources import Stored
 from ..evaluate import extract_features
 from ..models import WEIGHTS, exported
-from ..records import StopSignals, checkpoint_folder, writing
+from ..records import StopSignals, checkpoint_folder, hold, writing
 from .training import default_threads, device_class
 
 # %% ../../nbs/experiments/76_embed.ipynb #a5c0cddc
@@ -87,7 +87,8 @@ def _is_there(out, about):
 def embed(config: EmbedConfig, # what goes in, and where out
          ) -> Path:            # of the file
     """Write names and features of images to a Parquet file. Raises `ConfigError`, `CheckpointError`, `DataError` naming
-    an image that cannot be read, `StorageError`, and `RunInterrupted`; the same call then goes on."""
+    an image that cannot be read, `StorageError`, `RunLocked` while another process makes the file, and
+    `RunInterrupted`; the same call then goes on."""
     device, out = device_class(config), Path(config.out).expanduser()
     torch.set_num_threads(config.threads or default_threads())
     require_value(bool(config.run) != bool(config.encoder), 'run', config.run,
@@ -96,6 +97,7 @@ def embed(config: EmbedConfig, # what goes in, and where out
     images = Path(config.images).expanduser()
     require_value(config.images and images.exists(), 'images', config.images,
                   'a folder of images or Parquet files that is there, or such a file')
+    require_value(not out.is_dir(), 'out', config.out, 'a file that is made, no folder')
     stored = Stored(images)
     views = ViewMaker('none', about['mean'], about['std'], device=device)
     starts = range(0, len(stored), PART)
@@ -106,11 +108,11 @@ def embed(config: EmbedConfig, # what goes in, and where out
         return out
     folder = out.with_name(f'{out.name}.parts')
     parts = [folder/f'{i:010d}-{name}.parquet' for i, name in zip(starts, sums)]
-    with writing(out), StopSignals() as stop, tqdm(total=len(stored), unit='image', mininterval=1) as bar:
-        folder.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(stored), unit='image', mininterval=1)
+    with hold(folder/'lock', str(out)), writing(out), StopSignals() as stop, bar:
         stop.message = f'{out}: what is done lies in {folder}; the same call goes on there'
         for start, path in zip(starts, parts):
-            if not path.exists():
+            if config.force or not path.exists():
                 tmp = path.with_suffix(f'.tmp-{os.getpid()}')
                 pq.write_table(_part(encoder.to(device), views, stored, start, start + PART, about), tmp)
                 os.replace(tmp, path)

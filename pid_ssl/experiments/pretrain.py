@@ -259,7 +259,7 @@ def _find_or_hold(experiment, dataset_hash, held):
     # the finished record; None when there is none, and then the run is held by this process
     config, record = experiment.config, experiment.finished(again=False)
     if record is None:
-        if strange := other_data(config, dataset_hash):
+        if strange := other_data(config, dataset_hash, config.labels):
             warnings.warn(strange)
         if other := other_lengths(config, dataset_hash):
             print(f'note: {other}')

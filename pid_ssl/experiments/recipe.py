@@ -117,6 +117,7 @@ def plan(recipe: dict | str | Path, # or its name
         ) -> list:                  # of `Planned`: the product of the lists, block after block, each once
     "What a recipe asks for; raises `ConfigError` naming the field."
     recipe = recipe if isinstance(recipe, dict) else read_recipe(recipe)
+    require_value(isinstance(recipe, dict), 'sweep', recipe, 'a mapping of field names to values or lists of values')
     blocks, name = recipe.get('block', [{}]), recipe.get('experiment', 'pretraining')
     require_value(isinstance(blocks, list) and blocks and all(isinstance(b, dict) for b in blocks), 'block', blocks,
                   'a list of mappings of field names to values or lists of values')

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'CheckpointError', 'Kind', 'PRETRAINING', 'RecordError', 'RunInterrupted', 'RunLocked',
            'RunRecord', 'STATUSES', 'StopSignals', 'StorageError', 'check_folder', 'checkpoint_folder', 'device_name',
-           'find_record', 'git_state', 'home_folder', 'load_checkpoint', 'load_record', 'load_records', 'lock_run',
-           'other_data', 'other_lengths', 'peak_memory', 'provenance', 'raw_before', 'read_json', 'recorded_config',
-           'remove_checkpoint', 'repair_checkpoints', 'run_id', 'runs_folder', 'save_checkpoint', 'write_whole',
-           'writing']
+           'find_record', 'git_state', 'hold', 'home_folder', 'load_checkpoint', 'load_record', 'load_records',
+           'lock_run', 'other_data', 'other_lengths', 'peak_memory', 'provenance', 'raw_before', 'read_json',
+           'recorded_config', 'remove_checkpoint', 'repair_checkpoints', 'run_id', 'runs_folder', 'save_checkpoint',
+           'write_whole', 'writing']
 
 # %% ../../nbs/records/20_records.ipynb #41aca6b3
 from .kind import (PRETRAINING, Kind, checkpoint_folder, find_record, home_folder, load_records,
                                   other_data, other_lengths, raw_before, runs_folder)
-from .lock import RunLocked, lock_run
+from .lock import RunLocked, hold, lock_run
 from .record import (STATUSES, RecordError, RunRecord, device_name, git_state, load_record,
                                     peak_memory, provenance, recorded_config, run_id)
 from .signals import RunInterrupted, StopSignals
@@ -22,7 +22,7 @@ from .storage import (CHECKPOINT_FORMAT, CheckpointError, StorageError, check_fo
 
 _all_ = ['CHECKPOINT_FORMAT', 'CheckpointError', 'Kind', 'PRETRAINING', 'RecordError', 'RunInterrupted', 'RunLocked',
          'RunRecord', 'STATUSES', 'StopSignals', 'StorageError', 'check_folder', 'checkpoint_folder',
-         'device_name', 'find_record', 'git_state', 'home_folder', 'load_checkpoint', 'load_record',
+         'device_name', 'find_record', 'git_state', 'hold', 'home_folder', 'load_checkpoint', 'load_record',
          'load_records', 'lock_run', 'other_data', 'other_lengths', 'peak_memory', 'provenance', 'raw_before',
          'read_json', 'recorded_config', 'remove_checkpoint', 'repair_checkpoints', 'run_id', 'runs_folder',
          'save_checkpoint', 'write_whole', 'writing']

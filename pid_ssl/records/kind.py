@@ -129,11 +129,13 @@ def raw_before(config: Config,    # resolved
 
 def other_data(config: Config,    # whose `home` and `dataset` count
                dataset_hash: str, # content hash of the dataset as it is now
+               labels: str | None = None, # how it is read, see `Config`
               ) -> str:           # what to tell the user, or nothing
     "Whether run records of a dataset of this name have other content: a damaged copy trains as well as the right one."
     others = {}
-    for run_id, content, _ in _of_dataset(config):
-        if content != dataset_hash:
+    read = lambda labels: labels or 'auto'  # images whose labels are not read are others
+    for run_id, content, raw in _of_dataset(config):
+        if content != dataset_hash and read(raw['config'].get('labels')) == read(labels):
             others.setdefault(content[:16], []).append(run_id)
     found = ', '.join(f'{h} in {len(ids)} here (such as {ids[0]})' for h, ids in sorted(others.items()))
     return found and (f'dataset {config.dataset!r} has the content hash {dataset_hash[:16]}, and records have another: '

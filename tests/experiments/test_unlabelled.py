@@ -1,5 +1,6 @@
 """Images without labels, from folder to record: what is read, what is recorded, and what is refused before training."""
 import dataclasses
+import json
 import subprocess
 import sys
 import warnings
@@ -12,13 +13,14 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from pid_ssl.__main__ import main
 from pid_ssl.config import Config, ConfigError, identity, resolve
 from pid_ssl.data import DataError, load_dataset, open_source
 from pid_ssl.evaluate import evaluate_encoder
 from pid_ssl.figures.page import Watch, plot_neighbours
 from pid_ssl.figures.runs import results_table, run_table
-from pid_ssl.models import load_encoder
-from pid_ssl.records import checkpoint_folder, load_record, run_id, runs_folder
+from pid_ssl.models import SmallResNet, load_encoder
+from pid_ssl.records import checkpoint_folder, load_record, run_id, runs_folder, save_checkpoint
 from pid_ssl.trainers import pretrain
 
 PICTURES = (load_digits().images * 255 / 16).round().astype(np.uint8)
@@ -144,3 +146,18 @@ def test_features_worse_than_the_untrained_networks_are_said(tmp_path, monkeypat
     assert end.startswith("in the end: below the untrained network: test_linear_logreg 0.0 (")
     assert [str(w.message) for w in said if "untrained network:" in str(w.message)] == [watched, end]
     assert found.history[0]["val_untrained_knn5"] > 30
+
+
+def test_a_dataset_without_labels_is_audited_as_the_run_read_it(data, tmp_path, capsys):
+    header = {"config": dict(encoder="small", image_size=8, width=8, loss="pid", dataset="nested", labels="none"),
+              "mean": [0.5] * 3, "std": [0.25] * 3}
+    save_checkpoint(tmp_path / "final", {"encoder": SmallResNet(8, 3).state_dict()}, header)
+    options = ["--data_dir", str(data), "--folder", str(tmp_path), "--pairs", "300"]
+    assert main(["audit", str(tmp_path / "final"), *options]) == 0
+    capsys.readouterr()
+    told = json.loads((tmp_path / "audit.json").read_text())
+    assert "label" not in told["bits"] and told["about"]["images"] == {"fit": 288, "held": 80}
+    assert told["about"]["normalise"] == [header["mean"], header["std"]], "what the encoder was trained with"
+    for wrong in (["--split", "tets"], ["--size", "-5"]):
+        assert main(["audit", str(tmp_path / "final"), *options, *wrong]) == 2
+        assert f"{wrong[0][2:]}: got" in capsys.readouterr().err
