@@ -106,8 +106,7 @@ def whiten(z: torch.Tensor,   # (m, d), m > d
     if eps:
         cov = cov + eps*torch.eye(len(cov), dtype=z.dtype, device=z.device)
     factor, info = torch.linalg.cholesky_ex(cov)
-    alone = factor.diagonal().square()  # of each coordinate what those before it do not tell
-    if (info > 0) | (alone <= 8*torch.finfo(z.dtype).eps*cov.diagonal()).any():
+    if info:
         require(z.isfinite().all(), 'z', 'values that are not finite', 'finite numbers')
         raise ValueError(f'covariance of a sub-batch of {len(z)} samples in {z.shape[1]} dimensions is singular '
                          f'(leading minor {int(info)}): the embedding has collapsed or the sub-batch is too small; use '
