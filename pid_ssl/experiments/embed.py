@@ -112,7 +112,7 @@ def embed(config: EmbedConfig, # what goes in, and where out
     with hold(folder/'lock', str(out)), writing(out), StopSignals() as stop, bar:
         stop.message = f'{out}: what is done lies in {folder}; the same call goes on there'
         for start, path in zip(starts, parts):
-            if config.force or not path.exists():
+            if not path.exists():
                 tmp = path.with_suffix(f'.tmp-{os.getpid()}')
                 pq.write_table(_part(encoder.to(device), views, stored, start, start + PART, about), tmp)
                 os.replace(tmp, path)
