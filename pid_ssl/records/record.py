@@ -7,7 +7,7 @@ __all__ = ['STATUSES', 'run_id', 'RecordError', 'RunRecord', 'load_record', 'git
            'provenance', 'peak_memory']
 
 # %% ../../nbs/records/26_record.ipynb #bb24b34a
-import contextlib, dataclasses, importlib.metadata, json, math, platform, re, subprocess, sys, time
+import contextlib, dataclasses, importlib.metadata, json, math, os, platform, re, subprocess, sys, time
 from collections.abc import Callable
 from pathlib import Path
 import torch
@@ -100,12 +100,14 @@ def git_state(folder: str | Path | None = None, # default the project's root
 
 def device_name(device_class: str, # 'cpu', 'cuda' or 'mps'
                ) -> str:           # as its maker calls it
-    "Name of the processor or GPU."
+    "Name of the processor or GPU; where torch was told to use a part of it (`ATEN_CPU_CAPABILITY`), with that."
     if device_class == 'cuda':
         return torch.cuda.get_device_name()
     known = Path('/proc/cpuinfo')
     model = re.search(r'model name\s*:\s*(.*)', known.read_text() if known.exists() else '')
-    return model.group(1).strip() if model else platform.processor() or platform.machine()
+    name = model.group(1).strip() if model else platform.processor() or platform.machine()
+    held = os.environ.get('ATEN_CPU_CAPABILITY')
+    return f'{name}, {held.upper()} only' if held else name
 
 def recorded_config(config: object, # `Config`, or the dataclass of another experiment
                    ) -> dict:

@@ -3,7 +3,8 @@
     python tests/harness/speed_harness.py [view] [train] [growth] [eval]
 
 Needs `pip install "pid_ssl[bench]"` and CIFAR-10, see README.
-Writes `data/benchmarks/{view,train,growth,eval}_speed.json`.
+Writes `data/benchmarks/{view,train,growth,eval}_speed.json`. With ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
+ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell a newer processor is held to what an older one has.
 Sides take turns, each turn in a process of its own, so that whatever else the machine does meets all of them and memory
 is counted apart. Nothing else should run.
 """
@@ -242,28 +243,56 @@ def lightly_recipe(net, steps, workers=WORKERS, threads=THREADS):
 # evaluation
 
 
-def faiss_search(train, query, k, metric):
-    """Exact search for the k nearest, by an index made anew as nothing of ours is kept either."""
+def faiss_accuracy(train, labels, query, wanted, k, metric):
+    """As `knn_accuracy`, but of classes with as many votes any may win."""
     import faiss
+    import torch
     from torch.nn.functional import normalize
 
     faiss.omp_set_num_threads(THREADS)
-    if metric == "cosine":
+    cosine = metric == "cosine"
+    if cosine:
         train, query = normalize(train), normalize(query)
-    index = (faiss.IndexFlatIP if metric == "cosine" else faiss.IndexFlatL2)(train.shape[1])
+    index = (faiss.IndexFlatIP if cosine else faiss.IndexFlatL2)(train.shape[1])
     index.add(train.numpy())
-    return index.search(query.numpy(), k)
+    near, which = map(torch.from_numpy, index.search(query.numpy(), k))
+    weight = (near / 0.07).exp() if cosine else torch.ones_like(near)
+    votes = weight.new_zeros(len(query), int(labels.max()) + 1).scatter_add_(1, labels[which], weight)
+    return 100 * (votes.argmax(1) == wanted).float().mean().item()
+
+
+def knn(side, file, *how):
+    """Seconds and accuracy by neighbours, nothing kept from another search."""
+    import torch
+
+    from pid_ssl.evaluate import knn_accuracy
+
+    torch.set_num_threads(THREADS)
+    search, known = knn_accuracy if side == "pid_ssl" else faiss_accuracy, torch.load(file)
+    search(*(x[:1000] for x in known), *how)  # libraries load, threads start
+    start = time.perf_counter()
+    accuracy = search(*known, *how)
+    return dict(seconds=time.perf_counter() - start, accuracy=accuracy)
+
+
+def kernels():
+    """How faiss may multiply: as the OpenBLAS of its wheel chooses, which is slow on some processors with AVX-512
+    (faiss-cpu 1.15.1), and by kernels for any of those."""
+    import torch
+
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return {"": {}, **({", SkylakeX kernels": dict(OPENBLAS_CORETYPE="SkylakeX")} if wide else {})}
 
 
 def evaluation():
     """Linear probe and both kNNs on 512 features of all 60,000 images, by an encoder trained for two epochs;
-    and on the same scikit-learn's logistic regression alone, and faiss's search without the vote, taking turns."""
+    and on the same scikit-learn's logistic regression alone, and kNN by faiss, taking turns."""
     import numpy as np
     import torch
     from sklearn.linear_model import LogisticRegression
 
     from pid_ssl.data import ViewMaker
-    from pid_ssl.evaluate import extract_features, knn_accuracy, linear_probe
+    from pid_ssl.evaluate import extract_features, linear_probe
     from pid_ssl.experiments.training import Pretraining
 
     torch.set_num_threads(THREADS)
@@ -273,22 +302,19 @@ def evaluation():
         state.history.append(state.epoch())
     views_ = ViewMaker("none", data.mean, data.std)
     features = {s: extract_features(state.embed[0], x, views_) for s, x in data.images.items()}
-    out = dict(features={s: list(f.shape) for s, f in features.items()}, seconds={})
+    out = dict(features={s: list(f.shape) for s, f in features.items()}, seconds={}, accuracy={})
     start = time.perf_counter()
     found = linear_probe(features, data.labels)
     out["seconds"]["linear probe"] = time.perf_counter() - start
-    known = [d[s] for s in ("train", "test") for d in (features, data.labels)]
-    for k, metric in ((5, "euclidean"), (200, "cosine")):
-        seconds = dict(ours=[], faiss=[])
-        for _ in range(3):
-            start = time.perf_counter()
-            out[f"knn{k}_{metric}"] = knn_accuracy(*known, k, metric)
-            middle = time.perf_counter()
-            faiss_search(features["train"], features["test"], k, metric)
-            seconds["ours"].append(middle - start)
-            seconds["faiss"].append(time.perf_counter() - middle)
-        out["seconds"][f"{k}-NN {metric}"] = median(seconds["ours"])
-        out["seconds"][f"faiss {k}-NN {metric}"] = median(seconds["faiss"])
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save([d[s] for s in ("train", "test") for d in (features, data.labels)], f"{folder}/features")
+        for k, metric in ((5, "euclidean"), (200, "cosine")):
+            call = lambda side: f"knn({side!r}, {folder + '/features'!r}, {k}, {metric!r})"
+            sides = {f"{k}-NN {metric}": call("pid_ssl")}
+            sides |= {f"faiss{how}, {k}-NN {metric}": (call("faiss"), more) for how, more in kernels().items()}
+            for what, rounds in turns(sides, 5).items():
+                out["seconds"][what] = median([r["seconds"] for r in rounds])
+                out["accuracy"][what] = rounds[0]["accuracy"]
     out["linear"] = found
     # the same strength, each fit on its own in float64 until it converges
     mean, std = (getattr(features["train"].double(), f)(0).numpy() for f in ("mean", "std"))
@@ -311,10 +337,11 @@ def told(out):
     print(json.dumps({**out, "peak_mb": round(kb / 1024)}))
 
 
-def child(call):
-    """Run `call` in a process of its own; its result with its peak memory, workers not counted."""
+def child(call, more=()):
+    """Run `call` in a process of its own, with `more` in its environment; its result with its peak memory, workers not
+    counted."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/harness")])
-    env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": paths}
+    env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": paths, **dict(more)}
     # ru_maxrss would begin with the size of this process, which the child was forked from
     code = f"import speed_harness as h\nh.told(h.{call})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
@@ -324,11 +351,12 @@ def child(call):
 
 
 def turns(calls, rounds):
-    """{side: call} -> {side: results by round}; every round runs all sides."""
+    """{side: call, or call and environment} -> {side: results by round}; every round runs all sides."""
     out = {side: [] for side in calls}
     for i in range(rounds):
         for side in list(calls) if i % 2 == 0 else list(calls)[::-1]:
-            out[side].append(child(calls[side]))
+            call = calls[side]
+            out[side].append(child(call) if isinstance(call, str) else child(*call))
             print(side, json.dumps(out[side][-1]), flush=True)
     return out
 
