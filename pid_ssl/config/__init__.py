@@ -6,10 +6,10 @@
 __all__ = ['ACCURACIES', 'EXIT_STATUS', 'KNOBS', 'LOSS_NAMES', 'LOSS_TABLE', 'METRICS', 'PID_LOSSES', 'POLICIES_BY_DATASET',
            'PRESETS', 'TASK_TABLE', 'By', 'Checked', 'Config', 'ConfigError', 'Exit', 'Loss', 'Metric', 'Task',
            'accepted', 'as_arguments', 'by_hand', 'check', 'check_knob', 'digest', 'exit_meaning', 'exit_status',
-           'from_dict', 'grouped', 'guarded', 'identity', 'kind_of', 'knob', 'loss_table', 'main_metrics', 'metric_end',
-           'parameter_table', 'parameters_cell', 'preset_values', 'project_root', 'read_args', 'read_options', 'reads',
-           'require', 'require_value', 'resolve', 'setting', 'source_hash', 'step_images', 'tasks_that_read', 'told',
-           'unknown', 'unread']
+           'from_dict', 'grouped', 'guarded', 'identity', 'kind_of', 'is_clone', 'knob', 'loss_table', 'main_metrics',
+           'metric_end', 'parameter_table', 'parameters_cell', 'preset_values', 'project_root', 'read_args',
+           'read_options', 'reads', 'require', 'require_value', 'resolve', 'setting', 'source_hash', 'step_images',
+           'tasks_that_read', 'told', 'unknown', 'unread']
 
 # %% ../../nbs/config/00_config.ipynb #be2d525b
 from .errors import (EXIT_STATUS, ConfigError, Exit, exit_meaning, exit_status, guarded, require,
@@ -17,7 +17,7 @@ from .errors import (EXIT_STATUS, ConfigError, Exit, exit_meaning, exit_status, 
 from .fields import Checked, accepted, check, grouped, kind_of, setting
 from .outside import (as_arguments, from_dict, loss_table, parameter_table, parameters_cell, read_args,
                                     read_options, told)
-from .project import digest, project_root, source_hash
+from .project import digest, is_clone, project_root, source_hash
 from .run import (POLICIES_BY_DATASET, PRESETS, Config, identity, preset_values, reads, resolve,
                                 step_images, unread)
 from .tables import (ACCURACIES, KNOBS, LOSS_NAMES, LOSS_TABLE, METRICS, PID_LOSSES, TASK_TABLE,
@@ -28,7 +28,7 @@ _all_ = ['ACCURACIES', 'EXIT_STATUS', 'KNOBS', 'LOSS_NAMES', 'LOSS_TABLE', 'METR
          'POLICIES_BY_DATASET', 'PRESETS', 'TASK_TABLE', 'By', 'Checked', 'Config', 'ConfigError',
          'Exit', 'Loss', 'Metric', 'Task', 'accepted', 'as_arguments', 'by_hand', 'check', 'check_knob', 'digest',
          'exit_meaning', 'exit_status',
-         'from_dict', 'grouped', 'guarded', 'identity', 'kind_of', 'knob', 'loss_table',
+         'from_dict', 'grouped', 'guarded', 'identity', 'kind_of', 'is_clone', 'knob', 'loss_table',
          'main_metrics', 'metric_end', 'parameter_table', 'parameters_cell', 'preset_values', 'project_root',
          'read_args', 'read_options', 'reads', 'require', 'require_value', 'resolve', 'setting', 'source_hash',
          'step_images', 'tasks_that_read', 'told', 'unknown', 'unread']

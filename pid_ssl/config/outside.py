@@ -56,6 +56,8 @@ def read_args(argv: list | None = None, # default the process's arguments
     return from_dict({k: _number(v) if k in numbers else v for k, v in given.items()}, kind)
 
 def _number(text):
+    if text == 'None':
+        return None
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
@@ -98,10 +100,14 @@ def parameter_table() -> str: # Markdown
     return '\n'.join(rows)
 
 # %% ../../nbs/config/06_outside.ipynb #c8a00001
+def _taught(row):
+    # the PID losses about the relation of views need none
+    return '' if not row.teacher else 'with `--form target`' if 'form' in row.names() else 'yes'
+
 def loss_table() -> str: # Markdown
     "The losses that there are, as a Markdown table."
     rows = ['| `--loss` | loss | re-calibrates | needs a teacher |', '|---|---|---|---|']
     for name, row in LOSS_TABLE.items():
-        baseline, teacher = LOSS_TABLE[row.baseline].title if row.baseline else '', 'yes' if row.teacher else ''
+        baseline, teacher = LOSS_TABLE[row.baseline].title if row.baseline else '', _taught(row)
         rows.append(f'| `{name}` | {row.title} | {baseline} | {teacher} |')
     return '\n'.join(rows)

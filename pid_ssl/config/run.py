@@ -187,8 +187,12 @@ def identity(config: Config, # resolved
     values = {f.name: getattr(config, f.name) for f in counts}
     return {f.name: values[f.name] for f in counts if values[f.name] not in (f.default, f.metadata['absent'])}
 
+# whose value decides whether the field is read
+_DECIDED_BY = {'early_share': 'early_size', 'muon_steps': 'optimizer', 'shrinkage': 'estimator',
+               'relation_noise': 'relation_error'}
+
 def unread(config: Config, # before or after `resolve`
-          ) -> list:       # names of fields set by the user that the loss ignores
+          ) -> dict:       # name of a field set by the user and ignored -> the setting that does not read it, in words
     "Fields that differ from their default and that the chosen loss does not read: worth a warning."
     # critics have no correlations to shrink, and squared errors are no nats
     blind = {'shrinkage'} if config.loss == 'pid' and config.estimator == 'infonce' else set()
@@ -197,5 +201,9 @@ def unread(config: Config, # before or after `resolve`
     filled = preset_values(config.preset, config.loss) if config.preset in PRESETS else {}
     given = {'form': KNOBS['form'].metadata['presets'], **filled}
     asked = dataclasses.replace(config, **{k: v for k, v in given.items() if getattr(config, k) is None})
-    return [f.name for f in dataclasses.fields(config) if (f.name in blind or not reads(asked, f.name))
-            and getattr(config, f.name) not in (f.default, filled.get(f.name))]
+    ignored = [f.name for f in dataclasses.fields(config) if (f.name in blind or not reads(asked, f.name))
+               and getattr(config, f.name) not in (f.default, filled.get(f.name))]
+    known = LOSS_TABLE[config.loss].names()  # in any form
+    forms = {k: 'form' if k in known else 'loss' for k in KNOBS if not reads(asked, k)}
+    by = {k: forms.get(k) or _DECIDED_BY[k] for k in ignored}
+    return {k: f'{name} {getattr(asked, name)!r}' for k, name in by.items()}

@@ -25,7 +25,8 @@ _CGROUPS = (('memory.max', 'memory.current'), ('memory/memory.limit_in_bytes', '
 def free_memory() -> int: # bytes
     "Memory that new allocations can have: what the system has available, or less where a container has a limit."
     try:
-        free = next(int(line.split()[1])*1024 for line in open('/proc/meminfo') if line.startswith('MemAvailable'))
+        told = Path('/proc/meminfo').read_text().splitlines()
+        free = next(int(line.split()[1])*1024 for line in told if line.startswith('MemAvailable'))
     except (OSError, StopIteration):
         try:
             free = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
@@ -74,8 +75,9 @@ def _checksum(path):
 def _write(path, head, chunks, size):
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob('*.tmp-*'):  # of processes that were killed: a living one writes all the time
-        if time.time() - old.stat().st_mtime > 3600:
-            old.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has moved it
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
     tmp, crc, seen = path.with_name(f'{path.name}.tmp-{os.getpid()}'), 0, 0
     try:
         with open(tmp, 'wb') as f:

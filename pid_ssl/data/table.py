@@ -8,6 +8,7 @@ __all__ = ['DATASETS', 'COPIES', 'NOTES', 'DatasetInfo', 'fetch_command', 'datas
 # %% ../../nbs/data/31_table.ipynb #f2d542f6
 from dataclasses import dataclass
 from pathlib import Path
+from ..config import project_root
 
 # %% ../../nbs/data/31_table.ipynb #f04c3514
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def fetch_command(name: str,     # in `DATASETS`
                  ) -> str:       # a line for a shell
     "The command that gets a dataset."
     if DATASETS[name].form == 'torchvision':
-        return f'python -m pid_ssl.trainers --dataset {name} --download'
+        usual = root == project_root()/'data'/'datasets'
+        return f'python -m pid_ssl.trainers --dataset {name} --download' + ('' if usual else f' --data_dir {root}')
     url = DATASETS[name].url
     archive = root/url.rsplit('/', 1)[-1]
     return f'curl -L -o {archive} {url} && unzip -q {archive} -d {root}' if url else ''

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import math
 import torch
 import torch.nn.functional as F
-from ..config import require, require_value
+from ..config import require, require_value, unknown
 
 # %% ../../nbs/data/35_views.ipynb #2089ef44
 @dataclass(frozen=True)
@@ -60,8 +60,10 @@ POLICIES = {
 def find_policy(given: str | Policy, # or a name in `POLICIES`
                ) -> Policy:
     "The policy that is meant; raises `ConfigError` for a name that is not known."
-    require_value(isinstance(given, Policy) or given in POLICIES, 'policy', given, ', '.join(POLICIES))
-    return given if isinstance(given, Policy) else POLICIES[given]
+    if isinstance(given, str) and given not in POLICIES:
+        raise unknown('policy', given, given, list(POLICIES), 'policies')
+    require_value(isinstance(given, (str, Policy)), 'policy', given, f"a `Policy`, or one of {', '.join(POLICIES)}")
+    return POLICIES[given] if isinstance(given, str) else given
 
 # %% ../../nbs/data/35_views.ipynb #36b94284
 class _Generator(torch.Generator):

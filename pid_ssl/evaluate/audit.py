@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..config import ConfigError, read_options, require_value, unknown
+from ..config import ConfigError, read_options, require_value
 from ..data import POLICIES, Dataset, DATASETS, Policy, ViewMaker, load_dataset
 from ..data.parameters import BITS, told
-from ..data.views import draw_view
+from ..data.views import draw_view, find_policy
 from .probes import extract_features
 from .heads import ATOMS, atoms_of, estimate, held_out_bits, resampled
-from .read import LEAST, Reader, as_images, found_normalisation, reading
+from .read import LEAST, Reader, as_images, found_normalisation, reading, resized
 from ..pid.heads import normal_scores, told_nats
 from .spectrum import alpha_req, canonical_correlations, rankme, uniformity
 from ..models import load_encoder, weights_folder
-from ..records import load_checkpoint, write_whole, writing
+from ..records import check_folder, load_checkpoint, write_whole, writing
 
 # %% ../../nbs/evaluate/69_audit.ipynb #ac4e300b
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +97,10 @@ class Audit:
 
     def record(self) -> dict: # JSON values
         "Everything but the resamples."
-        def intervals(values):
-            return {k: estimate(v).tolist() if len(v) > 1 else [v.item(), None, None] for k, v in values.items()}
+        def interval(value):
+            ends = estimate(value).tolist() if len(value) > 1 else [value.item(), math.nan, math.nan]
+            return [x if math.isfinite(x) else None for x in ends]
+        intervals = lambda values: {k: interval(v) for k, v in values.items()}
         out = dict(name=self.name, about=self.about, possible=self.possible, bits=self.bits(),
                    invariance=intervals(self.invariance), features=intervals(self.spread))
         return out | (dict(of=[found.record() for found in self.of]) if self.of else {})
@@ -107,7 +109,7 @@ class Audit:
              path: str | Path, # of a JSON file
             ) -> None:
         "Write the record; raises `StorageError`."
-        write_whole(path, (json.dumps(self.record(), indent=1) + '\n').encode())
+        write_whole(path, (json.dumps(self.record(), indent=1, allow_nan=False) + '\n').encode())
 
     def table(self): # pandas DataFrame: a row a target, in bits
         "What is told of each target; low and high are ends of 95 % intervals."
@@ -198,17 +200,18 @@ def _chosen(images, labels, size, split, most, data_dir, seed):
         images = load_dataset(images, size, data_dir=data_dir)
     if isinstance(images, Dataset):
         data, rows = images, {'fit': 'train', 'held': split}
-        require_value(split in data.images, 'split', split, ', '.join(data.images))
-        parts = {k: as_images(data.images[s], size) for k, s in rows.items()}
+        others = [s for s in data.images if s not in ('train', 'pretrain')]  # heads are fitted to those
+        require_value(split in others, 'split', split, ', '.join(others))
+        parts = {k: as_images(data.images[s]) for k, s in rows.items()}
         classes = {k: data.labels[s] for k, s in rows.items()} if data.labelled else None
         policy, statistics = DATASETS[data.name].policy if data.name in DATASETS else None, (data.mean, data.std)
     else:
-        x, policy, statistics = as_images(images, size), None, None
+        x, policy, statistics = as_images(images), None, None
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
         order = dict(fit=order[:len(x)*2//3], held=order[len(x)*2//3:])
         parts, classes = {k: x[i] for k, i in order.items()}, None
         if labels is not None:
-            y = torch.as_tensor(labels)
+            y = torch.as_tensor(labels).cpu()
             numbers = y.shape == (len(x),) and not y.is_floating_point() and not y.is_complex()
             require_value(numbers and len(y.unique()) > 1, 'labels', f'{y.dtype} {tuple(y.shape)}',
                           f'class numbers ({len(x)},), one an image, of at least 2 classes')
@@ -216,18 +219,11 @@ def _chosen(images, labels, size, split, most, data_dir, seed):
             classes = {k: y[i] for k, i in order.items()}
     g = torch.Generator().manual_seed(seed)
     kept = {k: torch.randperm(len(x), generator=g)[:most] for k, x in parts.items()}
-    parts = {k: x[kept[k]] for k, x in parts.items()}
+    parts = {k: resized(x[kept[k]], size) for k, x in parts.items()}
     return parts, classes and {k: classes[k][i] for k, i in kept.items()}, statistics, policy
 
 def _check_size(size):
     require_value(size is None or type(size) is int and 1 <= size <= 4096, 'size', size, 'an integer from 1 to 4096')
-
-def _policy(given, found, channels):
-    given = given or found or ('cifar' if channels == 3 else 'digits')
-    if isinstance(given, str) and given not in POLICIES:
-        raise unknown('policy', given, given, list(POLICIES), 'policies')
-    require_value(isinstance(given, (str, Policy)), 'policy', given, f"a `Policy`, or one of {', '.join(POLICIES)}")
-    return POLICIES[given] if isinstance(given, str) else given
 
 # %% ../../nbs/evaluate/69_audit.ipynb #ac4e3012
 def audit(encoder: nn.Module,            # maps images to features: any; it is not changed
@@ -253,7 +249,7 @@ def audit(encoder: nn.Module,            # maps images to features: any; it is n
     _check_size(size)
     images, labels, statistics, policy_found = _chosen(images, labels, size, split, most, data_dir, seed)
     _, channels, _, side = images['fit'].shape
-    policy = _policy(policy, policy_found, channels)
+    policy = find_policy(policy or policy_found or ('cifar' if channels == 3 else 'digits'))
     targets = parameter_targets(policy, tells, channels, side, bins)
     require_value(targets, 'policy', policy, 'a policy that changes images: this one leaves nothing to tell')
     if labels is not None:
@@ -293,7 +289,8 @@ def compare(one: Audit,   # of an encoder
             other: Audit, # of another, made with the same images and settings
            ) -> Audit:    # other less one, with intervals; its picture shows both
     "Differences of two audits; raises `ConfigError` where they were not made of the same images in the same way."
-    for key in ('images_hash', 'policy', 'tells', 'bins', 'seed', 'pairs', 'replicates'):
+    require_value(not one.of and not other.of, 'audits', (one.name, other.name), 'two of one encoder each')
+    for key in ('side', 'images', 'images_hash', 'policy', 'tells', 'bins', 'seed', 'pairs', 'replicates'):
         require_value(one.about[key] == other.about[key], key, other.about[key],
                       f'audits of the same images, made alike: {one.about[key]!r}')
     require_value(list(one.possible) == list(other.possible), 'labels', list(other.possible),
@@ -321,11 +318,13 @@ def _encoder(where):
         net, seen = models.get_model(model, weights=weights), weights.transforms()
     except (RuntimeError, ValueError, OSError) as e:
         raise ConfigError('encoder', where, f'a pretrained model that {maker} has or can fetch ({e})') from None
-    last = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
-    net.set_submodule(last, nn.Identity())
+    linear = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)]
+    require_value(linear, 'encoder', where, 'a classifier whose last layer is linear')
+    net.set_submodule(linear[-1], nn.Identity())
     net.pretrained_cfg = dict(mean=seen.mean, std=seen.std)
     return net, model, None, None, 'auto'
 
+# %% ../../nbs/evaluate/69_audit.ipynb #ac4e3a17
 _OPTIONS = {
     'encoders': dict(nargs='+', metavar='ENCODER', help='one or two: the checkpoint folder of a run, pid_cifar10 or '
                      'barlow_cifar10 (they come with the package), timm:MODEL or torchvision:MODEL'),
@@ -346,8 +345,14 @@ def command(argv: list | None = None, # default the process's arguments
     given = read_options(argv, 'pid_ssl audit', 'Audit encoders on the images of a dataset.', _OPTIONS)
     require_value(len(given['encoders']) < 3, 'encoders', given['encoders'], 'one or two')
     encoders, images, size, folder = (given.pop(k) for k in ('encoders', 'images', 'size', 'folder'))
+    check_folder(folder)
     found = []
-    for encoder, name, side, dataset, labels in map(_encoder, encoders):
+    read = [_encoder(where) for where in encoders]
+    sides, datasets = ({found[i] for found in read if found[i]} for i in (2, 3))
+    for field, one, theirs in (('size', size, sides), ('images', images, datasets)):
+        require_value(one or len(theirs) < 2, field, one, f"one for both: theirs are {', '.join(map(str, theirs))}")
+    size = size or max(sides, default=None)
+    for encoder, name, side, dataset, labels in read:
         require_value(images or dataset, 'images', images, 'the name of a dataset')
         _check_size(size)
         side = size or side

@@ -226,6 +226,10 @@ def knn_accuracy(train: torch.Tensor,        # (n, f) features
     come in no particular order. Raises `ValueError` naming the argument that cannot be used."""
     train, train_labels = _checked('train', train, train_labels)
     query, query_labels = _checked('query', query, query_labels)
+    width = train.shape[1]
+    require(query.shape[1] == width, 'query', f'got {query.shape[1]} features', f'{width}, as many as train')
+    require(train_labels.min() >= 0, 'train', f'got a label {train_labels.min()}', 'class numbers from 0')
+    train, query = (x.to(torch.promote_types(train.dtype, query.dtype)) for x in (train, query))
     require(0 < k <= len(train), 'k', f'got {k}', f'1 to {len(train)}, the number of training features')
     require(metric in ('euclidean', 'cosine'), 'metric', f'got {metric!r}', 'euclidean, cosine')
     require(temperature > 0, 'temperature', f'got {temperature!r}', 'a number above 0')

@@ -65,6 +65,7 @@ class ControlledConfig(Checked):
         super().__post_init__()
         require_value(self.arm != 'wmse' or self.batch_size >= 2*self.dim, 'batch_size', self.batch_size,
                       f'from {2*self.dim} with arm wmse, twice dim')
+        require_value(self.image_size%2 == 0, 'image_size', self.image_size, 'an even number')
 
 CONTROLLED = Kind(ControlledConfig, 'arm', 'controlled')
 controlled_config, load_controlled = CONTROLLED.parse, CONTROLLED.load

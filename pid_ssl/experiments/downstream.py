@@ -168,10 +168,7 @@ def load_measured(config: DownstreamConfig, # its run, weights, home and data_di
 
 def _pretrained(config):
     require_value(config.run, 'run', config.run, 'the id of a pretraining run, 16 hexadecimal digits')
-    try:
-        folder = checkpoint_folder(config, config.run)/'final'
-    except ConfigError as e:
-        raise ConfigError('run', config.run, e.accepted) from None
+    folder = checkpoint_folder(config, config.run)/'final'
     require((folder/'header.json').exists(), folder, f'no checkpoint of run {config.run} there', 'a finished run '
             '(pretrain it again with its config, or set home to the folder whose data/checkpoints has it)',
             CheckpointError)
@@ -209,7 +206,7 @@ def load_labelled(config: DownstreamConfig, # resolved
     read = lambda n: read_images(config, config.dataset, config.image_size, n)
     if config.task == 'low_label' or config.train_size is not None:
         return read(0 if config.task == 'low_label' else config.train_size)
-    return as_many(read, size, lambda dataset: dataset.labels['train'])
+    return as_many(read, size, lambda dataset: dataset.images['train'])
 
 # %% ../../nbs/experiments/75_downstream.ipynb #b9f08a4a
 def downstream_id(config: DownstreamConfig, # resolved
@@ -272,6 +269,7 @@ def _measured_on(c, pretraining, run):
         load = load_detection if c.task == 'detection' else load_segmentation
         return load(c.dataset, c.data_dir)
     same = (c.dataset, c.image_size) == (pretraining.name, run['image_size']) and c.task != 'low_label'
+    same = same and pretraining.labelled  # a run may have left its labels out
     return pretraining if same and c.train_size in (None, run['train_size']) else load_labelled(c, run['train_size'])
 
 def _normalisation(c, pretraining, dataset):

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
-from ..config import Checked, digest, read_args, require, require_value, setting
+from ..config import Checked, digest, read_args, require_value, setting
 from ..data import DataError, ViewMaker
 from ..data.images import decode, pixels
 from ..data.sources import Stored
 from ..evaluate import extract_features
 from ..models import WEIGHTS, exported
-from ..records import StopSignals, checkpoint_folder, hold, writing
+from ..records import RunLocked, StopSignals, checkpoint_folder, hold, writing
 from .training import default_threads, device_class
 
 # %% ../../nbs/experiments/76_embed.ipynb #a5c0cddc
@@ -49,12 +49,14 @@ BATCH = 256 # images decoded and embedded at a time; another number would change
 
 def _batches(stored, start, stop, about):
     # (k, c, side, side) uint8
-    images = (decode(partial(pixels, side=about['image_size']), file, where, 'a whole image')
-              for where, file in stored.read(start, stop))
+    make = partial(pixels, side=about['image_size'])
+    images = ((where, decode(make, file, where, 'a whole image')) for where, file in stored.read(start, stop))
     while some := list(itertools.islice(images, BATCH)):
-        x = torch.from_numpy(np.stack(some))
-        require(about['channels'] > 1 or (x == x[:, :1]).all(), f'images from {start} on', 'in colour',
-                'grey ones, which the encoder was trained on', DataError)
+        where, x = zip(*some)
+        x = torch.from_numpy(np.stack(x))
+        coloured = (x != x[:, :1]).flatten(1).any(1)
+        if about['channels'] == 1 and coloured.any():
+            raise DataError(f'{where[coloured.int().argmax()]} in colour; accepted: grey images, as the encoder knows')
         yield x[:, :about['channels']]
 
 def _part(encoder, views, stored, start, stop, about):
@@ -103,10 +105,13 @@ def embed(config: EmbedConfig, # what goes in, and where out
     starts = range(0, len(stored), PART)
     sums = [digest([about, stored.names(i, i + PART)]) for i in starts]
     about |= dict(images=len(stored), made_from=digest(sums))
+    folder = out.with_name(f'{out.name}.parts')
     if not config.force and _is_there(out, about):
         print(f'{out} is there already, with the features of {len(stored):,} images (force makes it again)')
+        if folder.exists():  # of a call that was killed after the file was whole, unless another is at work there
+            with contextlib.suppress(RunLocked), hold(folder/'lock', str(out)):
+                shutil.rmtree(folder, ignore_errors=True)
         return out
-    folder = out.with_name(f'{out.name}.parts')
     parts = [folder/f'{i:010d}-{name}.parquet' for i, name in zip(starts, sums)]
     bar = tqdm(total=len(stored), unit='image', mininterval=1)
     with hold(folder/'lock', str(out)), writing(out), StopSignals() as stop, bar:
@@ -118,7 +123,7 @@ def embed(config: EmbedConfig, # what goes in, and where out
                 os.replace(tmp, path)
             bar.update(min(PART, len(stored) - start))
         _join(parts, out, about)
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     print(f'{out}: {len(stored):,} images, {about["encoder"]} features; read with pyarrow or pandas')
     return out
 

@@ -12,14 +12,12 @@ from ..config import main_metrics
 from ..records import Kind, RunRecord, StopSignals, check_folder, peak_memory, provenance, recorded_config
 
 # %% ../../nbs/experiments/70_experiment.ipynb #3f8dda96
-def warn_unread(kind: Kind,              # of the experiment
-                config: object,          # its settings
-                names: list | None = None, # of unread fields; default what the kind finds
+def warn_unread(kind: Kind,     # of the experiment
+                config: object, # its settings
                ) -> None:
     "Warn of each setting that this experiment does not read."
-    for name in kind.unread(config) if names is None else names:
-        warnings.warn(f'{name} = {getattr(config, name)!r} has no effect: '
-                      f'{kind.by} {getattr(config, kind.by)!r} does not read it')
+    for name, by in kind.unread(config).items():
+        warnings.warn(f'{name} = {getattr(config, name)!r} has no effect: {by} does not read it')
 
 def headline(metrics: dict,       # of a record
              split: str = 'test', # that was measured on

@@ -10,7 +10,7 @@ import contextlib, ctypes, dataclasses, math, os, sys, time, warnings
 from collections.abc import Callable
 import torch
 from tqdm import tqdm
-from ..config import Config, read_args, resolve, step_images, unread
+from ..config import Config, read_args, resolve, step_images
 from ..data import Dataset, ViewMaker
 from ..evaluate import calibrate_batchnorm, evaluate_encoder, extract_features, pid_audit, raw_pixels
 from ..evaluate.spectrum import rankme
@@ -270,13 +270,21 @@ def _find_or_hold(experiment, dataset_hash, held):
     return record
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #899d8f25
-def _pretrain(config, asked, device, watch, start):
-    dataset, config = training_set(config, asked)
+def _pretrain(told, device, watch, start):
+    asked = start.fill(told)
+    planned = resolve(asked, device)
+    check_processes(planned, device)
+    warn_unread(PRETRAINING, planned)
+    dataset, config = training_set(planned, asked)
+    check_processes(config, device)  # the batch may be smaller now
     start.check(config, dataset.images['train'].shape[1])
     probe = probe_set(config, dataset)
     other = probe.content_hash if config.probe_dataset else ''
     content, record = dataset.content_hash, None
     experiment = Experiment(PRETRAINING, config, run_id(config, content, device, other), content, device)
+    fitted = {k: None for k, v in vars(told).items()
+              if v is None and (getattr(asked, k) is not None or getattr(config, k) != getattr(planned, k))}
+    experiment.record.provenance |= {'asked': fitted} if fitted else {}
     with join_processes(device) as group, StopSignals() as stop, contextlib.ExitStack() as held:
         stop.patient = group.size > 1
         with group.lasting(lambda: 'nothing was begun'):
@@ -310,15 +318,10 @@ def pretrain(config: Config,                # validated
     """Pretrain, evaluate, record. Raises `ConfigError`, `DataError`, `RecordError`, `CheckpointError` (nothing usable
     is left), `RunLocked` or `StorageError` before any work; `NonFiniteLoss`, `StorageError`, `RunInterrupted` or
     `ProcessLost` (another process of this run ended) during it."""
-    device = device_class(config)
-    warn_unread(PRETRAINING, config, unread(config))
-    start = start_from(config)
-    asked = start.fill(config)
-    config = resolve(asked, device)
-    check_processes(config, device)
+    device, start = device_class(config), start_from(config)
     torch.set_num_threads(config.threads or default_threads())
     with _algorithms(config.deterministic):
-        return _pretrain(config, asked, device, watch, start)
+        return _pretrain(config, device, watch, start)
 
 # %% ../../nbs/experiments/74_pretrain.ipynb #68812c4f
 def parse_args(argv: list | None = None, # default the process's arguments

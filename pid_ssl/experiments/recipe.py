@@ -28,6 +28,8 @@ def read_recipe(name: str | Path, # of a recipe in `nbs/sweeps`, or a .toml or .
     path, parsers = Path(name), {'.toml': tomllib.loads, '.json': json.loads}
     if path.suffix not in parsers:
         known = sorted(p.stem for p in recipes_folder().glob('*.toml'))
+        require_value(known, 'sweep', str(name), f'a .toml or .json file: {project_root()} is no clone of the project, '
+                      'which has recipes')
         require_value(str(name) in known, 'sweep', str(name), f"a .toml or .json file, or one of {', '.join(known)}")
         path = recipes_folder()/f'{name}.toml'
     try:
@@ -125,9 +127,11 @@ def plan(recipe: dict | str | Path, # or its name
     kind, shared, out = KINDS[name], dict(recipe), {}
     encoders = [()]  # a run has none
     if kind is Measurement:
-        require_value('encoders' in shared, 'encoders', None,
-                      'the name of a recipe of pretraining runs, or a table that is one')
-        encoders = [(p.config,) for p in plan(shared.pop('encoders'))]
+        given = shared.pop('encoders', None)
+        accepted = 'the name of a recipe of pretraining runs, or a table that is one'
+        require_value(isinstance(given, (str, Path, dict)), 'encoders', given, accepted)
+        encoders = [(p.config,) for p in plan(given) if p.kind is PRETRAINING]
+        require_value(encoders, 'encoders', given, accepted)
     shared = {k: v for k, v in shared.items() if k not in ('block', 'experiment')}
     for block in blocks:
         fields = dict(block)
@@ -142,7 +146,7 @@ def plan(recipe: dict | str | Path, # or its name
 
 def _settled(kind, config):
     "With what presets give: a loss whose form is left open reads the fields of the form that it will have."
-    return _resolved(config) if kind is Planned else config
+    return _resolved(config, kind(config).device) if kind is Planned else config
 
 def _grid(kind, shared, block):
     fields = {**shared, **block}
@@ -168,6 +172,7 @@ def _some(encoders, wanted):
 # %% ../../nbs/experiments/77_recipe.ipynb #2ce87b9f
 def planned_again(record: RunRecord, # of any kind
                   runs: dict,        # run id -> `RunRecord` of pretraining
+                  asked: bool = False, # as it was asked for: what was fitted to its images or weights left open
                  ) -> Planned:
     "What gives a record again: its own settings, less those of the machine. Raises `RecordError`."
     kind = next(k for k in KINDS.values() if k.kind.by in record.config)
@@ -177,11 +182,13 @@ def planned_again(record: RunRecord, # of any kind
     more |= {k: f.default for k, f in fields.items() if not kind.kind.reads(config, k)}
     if 'device' in fields:
         more['device'] = record.provenance['device']
+    if asked:
+        more |= record.provenance.get('asked', {})
     if kind is not Measurement:
         return kind(dataclasses.replace(config, **more))
     if config.run not in runs:
         raise RecordError(f'run {config.run}, whose encoder was measured, is not there; accepted: its record')
-    return kind(dataclasses.replace(as_read(config), **more), planned_again(runs[config.run], runs).config)
+    return kind(dataclasses.replace(as_read(config), **more), planned_again(runs[config.run], runs, asked).config)
 
 def find(planned: list, # of `Planned`
          records: list, # of `RunRecord`, the pretraining runs of measured encoders too
@@ -194,8 +201,9 @@ def find(planned: list, # of `Planned`
         if kinds.isdisjoint(r.config) or 'run' in r.config and r.config['run'] not in runs:
             continue
         images = r.provenance['images']['train'] if 'task' in r.config else 0
-        place = places(images).get(planned_again(r, runs).key(images))
-        if place is not None:
+        fitted = 'asked' in runs.get(r.config.get('run'), r).provenance
+        keys = [planned_again(r, runs, asked).key(images) for asked in (False, True)[:1 + fitted]]
+        for place in {places(images)[k] for k in keys if k in places(images)}:
             found[place].append(r)
     return found
 

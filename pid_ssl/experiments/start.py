@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from safetensors.torch import load
-from ..config import Config, ConfigError, require_value, resolve
+from ..config import Config, ConfigError, reads, require_value, resolve
 from ..data import Dataset, load_dataset
 from ..models import WEIGHTS, build_encoder, load_encoder, weights_folder
 from ..records import CheckpointError, checkpoint_folder, home_folder, load_checkpoint, writing
@@ -49,15 +49,21 @@ def training_set(config: Config, # resolved
                                  labels=config.labels)
     data = as_many(read, config.train_size) if asked.train_size is None else read(config.train_size)
     n, fitted = len(data.pretraining), {}
+    # what is whitened together fits into no smaller batch
+    least = config.whitening_size*config.views//2 if reads(config, 'whitening_size') else 4
+    left = asked.batch_size is None
+    fewer = config.batch_size > (n//4 if left and asked.train_size is None else n)  # an epoch of four steps
     if config.train_size > n:
         fitted['train_size'] = 0
-    if config.batch_size > n:
-        require_value(asked.batch_size is None and n >= 16, 'batch_size', config.batch_size,
+    if fewer:
+        require_value(left and n >= 16, 'batch_size', config.batch_size,
                       f'at most {n}, the training images of {config.dataset}')
-        fitted['batch_size'] = 2**((n//4).bit_length() - 1)
+        require_value(n >= least, 'whitening_size', config.whitening_size, f'at most {n}, the training images of '
+                      f'{config.dataset}, with a projector_dim of at most half of it')
+        fitted['batch_size'] = max(least, 2**((n//4).bit_length() - 1))
     if fitted:
         preset, taken = (', '.join(f'{k} {of[k]}' for k in fitted) for of in (vars(config), fitted))
-        warnings.warn(f"{config.dataset} has {n} training images, fewer than the preset's {preset}; taken: {taken}")
+        warnings.warn(f"{config.dataset} has {n} training images, too few for the preset's {preset}; taken: {taken}")
     return data, resolve(dataclasses.replace(config, **fitted)) if fitted else config
 
 # %% ../../nbs/experiments/73_start.ipynb #574d447a

@@ -212,10 +212,16 @@ def make(planned: list,                 # of `Planned`
     notebook, home = _page(notebooks), home_folder(planned[0].config)
     todo = [i for i, r in enumerate(_records(planned)) if r is None or planned[i].config.force]
     encoders = list(dict.fromkeys(planned[i].encoder for i in todo if isinstance(planned[i], Measurement)))
-    ids = {None: None}
+    ids, failures = {None: None}, {}
     if encoders:
-        ids |= zip(encoders, [r.run_id for r in make(_encoders(encoders), workers, name, notebooks)])
-        todo = [i for i in todo if planned[i].config not in ids]
+        try:
+            make(_encoders(encoders), workers, name, notebooks)
+        except SweepFailed as e:
+            failures = e.failures
+        ids |= {c: r.run_id for c, r in zip(encoders, _records([Planned(c) for c in encoders])) if r}
+        if missing := [i for i in todo if getattr(planned[i], 'encoder', None) not in ids]:
+            failures[f'{len(missing)} measurements'] = 'the runs whose encoders they measure have no record'
+        todo = [i for i in todo if planned[i].config not in ids and i not in missing]
     folder, called = home/'data'/'sweeps'/name, labels(planned)
     ready = {i: planned[i].at(run=ids[getattr(planned[i], 'encoder', None)]) for i in todo}
     jobs = [_run_of(p, called[i], folder, notebook) for i, p in ready.items()]
@@ -223,7 +229,12 @@ def make(planned: list,                 # of `Planned`
     print(f'{name}: {len(planned)} runs, {len(planned) - len(todo)} finished{more}', flush=True)
     for part in folder.glob('*.part-*.ipynb'):
         part.unlink(missing_ok=True)  # of a process that was killed
-    _work(jobs, workers, len(planned))
+    try:
+        _work(jobs, workers, len(planned))
+    except SweepFailed as e:
+        failures |= e.failures
+    if failures:
+        raise SweepFailed(failures, len(planned))
     return _records(planned)
 
 # %% ../../nbs/experiments/78_sweep.ipynb #5c1e07aa
@@ -233,8 +244,8 @@ def run_sweep(sweep: dict | str | Path,      # a sweep, or the file that holds i
               notebooks: bool | None = None, # execute run_experiment for each; default when it and papermill are there
              ) -> list:                      # of `RunRecord`, in the recipe's order
     "Make what a recipe asks for and has no finished record; raises what `make` does."
-    name = name or (digest(sweep) if isinstance(sweep, dict) else Path(sweep).stem)
-    require_value(re.fullmatch(r'[A-Za-z0-9][\w.-]*', name), 'name', name, 'a folder name of letters, digits, . _ -')
+    field, name = ('name', name) if name else ('sweep', digest(sweep) if isinstance(sweep, dict) else Path(sweep).stem)
+    require_value(re.fullmatch(r'[A-Za-z0-9][\w.-]*', name), field, name, 'a name of letters, digits, . _ -')
     return make([p.at(home=str(home_folder(p.config))) for p in plan(sweep)], workers, name, notebooks)
 
 # %% ../../nbs/experiments/78_sweep.ipynb #965c9c6d

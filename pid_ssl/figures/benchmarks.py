@@ -150,7 +150,6 @@ def train_speed_table(record: dict, # train_speed
             yield {'network': net, 'side': side, 'ms a step': turns([1e3*x for x in v], 0),
                    "lightly's time by ours": ratio, **{k: f'{ms:.0f}' for k, ms in stages.items()},
                    'peak MB': str(max(r['peak_mb'] for r in sides[side]))}
-    yield {'network': 'ResNet-18', 'side': 'a CUDA GPU', 'ms a step': 'not measured'}
 
 def eval_speed_table(*records: dict, # eval_speed, one a processor
                     ):               # pandas DataFrame of text

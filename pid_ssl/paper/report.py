@@ -13,7 +13,7 @@ from pathlib import Path
 import pid_ssl
 from ..config import project_root, read_options
 from ..figures.gallery import read_manifest
-from ..records import git_state
+from ..records import check_folder, git_state, write_whole
 
 # %% ../../nbs/paper/91_report.ipynb #ef787ecd
 def parameter_comments(thing: object, # a function, or a dataclass
@@ -207,10 +207,10 @@ def build_report(folder: str | Path | None = None, # gets report.html; default d
                  notebooks: list | None = None,    # paths; default the project's notebooks for reading
                  execute: bool = True,             # run them first
                 ) -> Path:                         # of the page
-    "The notebooks, the figures and the reference as one file."
+    "The notebooks, the figures and the reference as one file; raises `StorageError`."
     root, parts = project_root(), []
     folder = Path(folder or root/'data'/'report')
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
     for path in sorted((root/'nbs').glob('[0-9]_*.ipynb')) if notebooks is None else map(Path, notebooks):
         print(path.stem, flush=True)
         parts.append(f'<article>{notebook_html(path, execute)}</article>')
@@ -218,8 +218,9 @@ def build_report(folder: str | Path | None = None, # gets report.html; default d
     style = _needs('pygments.formatters').HtmlFormatter(style='default').get_style_defs('.highlight') + STYLE
     made = git_state()['git_commit']
     path = folder/'report.html'
-    path.write_text(PAGE.format(style=style, version=pid_ssl.__version__, commit=f'Commit {made[:12]}.' if made else '',
-                                contents=_contents(body), body=body), encoding='utf-8')
+    page = PAGE.format(style=style, version=pid_ssl.__version__, commit=f'Commit {made[:12]}.' if made else '',
+                       contents=_contents(body), body=body)
+    write_whole(path, page.encode())
     return path
 
 # %% ../../nbs/paper/91_report.ipynb #91a0003a

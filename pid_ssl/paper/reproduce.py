@@ -10,14 +10,14 @@ import difflib, functools, json
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from ..config import TASK_TABLE, ConfigError, digest, project_root, read_options, require_value
+from ..config import TASK_TABLE, ConfigError, digest, is_clone, project_root, read_options, require_value
 from ..data import load_dataset
 from ..experiments import recipe
 from ..experiments.sweep import make
 from ..experiments.training import device_class
 from ..figures import plotting
 from ..figures.base import markdown_table, tabled
-from ..records import RecordError, check_folder, writing
+from ..records import RecordError, check_folder, write_whole, writing
 
 # %% ../../nbs/paper/90_reproduce.ipynb #81fb8d41
 @dataclass
@@ -70,7 +70,7 @@ def _entries(names, root, records):
     try:
         manifest = json.loads((root/'figures'/'manifest.json').read_text())
     except (OSError, ValueError) as e:
-        raise ConfigError('root', str(root), f'a folder with figures/manifest.json ({e})') from None
+        raise ConfigError('root', str(root), f'a clone of the project, with figures/manifest.json ({e})') from None
     words = lambda name: '_'.join(sorted(str(name).split('_')))
     known = {path.stem: dict(recipes=[path.stem], files={}) for path in (root/'nbs'/'sweeps').glob('*.toml')}
     known |= {i: dict(runs=[i], files={}) for i in records} | manifest
@@ -83,7 +83,7 @@ def _entries(names, root, records):
         yield known[found[words(name)]]
 
 # %% ../../nbs/paper/90_reproduce.ipynb #6c59824c
-_MEASURED = 'nbs/4_speed.ipynb and nbs/4_speed_training.ipynb measure'
+_MEASURED = 'nbs/run_speed.ipynb and tests/harness measure'
 
 def reproduce(plan: Plan,                  # from `behind`
               home: str | Path,            # gets data/runs, data/checkpoints and so on; not the project's root
@@ -92,7 +92,7 @@ def reproduce(plan: Plan,                  # from `behind`
              ) -> dict:                    # id of a committed record -> the `RunRecord` made again
     "Make the records of a plan again. Raises `ConfigError` before anything starts, `SweepFailed`, `SweepStopped`."
     home = Path(home).expanduser().resolve()
-    own = (home/'settings.ini').exists() or (home/'figures'/'manifest.json').exists()
+    own = is_clone(home) or (home/'figures'/'manifest.json').exists()
     require_value(not own, 'home', str(home), 'another folder: here committed records would be taken for new ones')
     require_value(plan.records, 'figure', ', '.join(plan.files) or 'nothing',
                   f'something made from run records; times and errors are what {_MEASURED}')
@@ -249,15 +249,15 @@ def command(argv: list | None = None, # default the process's arguments
     require_value(given.home, 'home', given.home, 'a folder for what is made, with --home; or --plan')
     plotting()  # what is missing is said before the work
     path = Path(given.home).expanduser().resolve()/'reproduced.csv'
-    check_folder(path.parent)
+    for folder in {path.parent, Path(given.record or path).parent}:
+        check_folder(folder)
     kept = _kept(given.record, given.figure)
     made = reproduce(plan, given.home, given.workers, given.data_dir)
     table = comparison(plan, made)
     with writing(path):
         table.to_csv(path, index=False)
     if given.record:
-        with writing(given.record):
-            Path(given.record).write_text(json.dumps([*kept, outcome(plan, made, given.figure)], indent=1) + '\n')
+        write_whole(given.record, (json.dumps([*kept, outcome(plan, made, given.figure)], indent=1) + '\n').encode())
     print(markdown_table(summary(table)), *circumstances(plan, made), sep='\n')
     print(f'{int((table.difference == 0).sum())} of {len(table)} numbers are the same to the last digit; '
           f'all of them: {path}')

@@ -9,7 +9,7 @@ __all__ = ['PRETRAINING', 'runs_folder', 'find_record', 'load_records', 'home_fo
 # %% ../../nbs/records/27_kind.ipynb #220d23d7
 import contextlib, dataclasses, functools, json, os, re, tempfile
 from pathlib import Path
-from ..config import Config, ConfigError, from_dict, identity, project_root, reads, require_value, told
+from ..config import Config, ConfigError, from_dict, identity, project_root, reads, require_value, told, unread
 from .record import RecordError, RunRecord, load_record
 
 # %% ../../nbs/records/27_kind.ipynb #f0a0177b
@@ -26,7 +26,7 @@ def checkpoint_folder(config: Config, # whose `home` counts
                       run_id: str,    # 16 hexadecimal digits
                      ) -> Path:       # may not exist yet
     "Folder of a run's checkpoints; raises `ConfigError` for an id that is not one."
-    require_value(re.fullmatch(r'[0-9a-f]{16}', run_id), 'run_id', run_id, '16 hexadecimal digits')
+    require_value(re.fullmatch(r'[0-9a-f]{16}', run_id), 'run', run_id, '16 hexadecimal digits')
     return home_folder(config)/'data'/'checkpoints'/run_id
 
 # %% ../../nbs/records/27_kind.ipynb #63025ba0
@@ -62,9 +62,10 @@ class Kind:
 
     def unread(self,
                config: object, # of the class `config`
-              ) -> list:       # of names
+              ) -> dict:       # name -> the setting that does not read it, in words
         "Fields that were set and are not read: worth a warning."
-        return [k for k in told(config) if not self.reads(config, k)]
+        mine, by = [k for k in told(config) if not self.reads(config, k)], getattr(config, self.by)
+        return unread(config) if self.config is Config else dict.fromkeys(mine, f'{self.by} {by!r}')
 
     def folder(self,
                config: object = None, # whose `home` counts, if given

@@ -11,7 +11,8 @@ import contextlib, dataclasses, importlib.metadata, json, math, os, platform, re
 from collections.abc import Callable
 from pathlib import Path
 import torch
-from ..config import Config, ConfigError, digest, from_dict, identity, project_root, require, source_hash
+from ..config import (Config, ConfigError, digest, from_dict, identity, is_clone, project_root, require,
+                            source_hash)
 from .storage import read_json, write_whole
 
 # %% ../../nbs/records/26_record.ipynb #dcc5e371
@@ -91,7 +92,10 @@ def load_record(path: str | Path,            # a JSON file
 def git_state(folder: str | Path | None = None, # default the project's root
              ) -> dict:                         # commit and dirty flag, both None outside a clone
     "Commit and whether tracked files differ from it."
-    how = dict(cwd=folder or project_root(), capture_output=True, text=True, timeout=30)
+    folder = folder or project_root()
+    if not is_clone(folder):  # another repository has commits of its own
+        return {'git_commit': None, 'git_dirty': None}
+    how = dict(cwd=folder, capture_output=True, text=True, timeout=30)
     run = lambda *a: subprocess.run(['git', *a], **how, check=True).stdout.strip()
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         changed = run('status', '--porcelain', '--untracked-files=no', '--', 'pid_ssl')

@@ -16,7 +16,7 @@ from safetensors.torch import load as _load_tensors, save as _save_tensors
 class StorageError(OSError):
     "A file or folder that cannot be written; the message names it, the reason and what to do."
 
-_ELSEWHERE = 'or set home to a folder elsewhere'
+_ELSEWHERE = 'or write elsewhere (home of a run, out or folder of a command)'
 _PERMISSION = f'make it writable for you, {_ELSEWHERE}'
 _ADVICE = {
     errno.ENOSPC: f'free space on that disk, {_ELSEWHERE}',
@@ -33,7 +33,7 @@ def writing(path: str | Path, # named in the message when the error itself names
     except StorageError:
         raise
     except OSError as e:
-        advice = _ADVICE.get(e.errno, 'set home to a folder that can be written')
+        advice = _ADVICE.get(e.errno, 'write elsewhere (home of a run, out or folder of a command)')
         error = StorageError(f'{e.filename or path}: cannot be written ({e.strerror or e}); {advice}')
         error.errno = e.errno
         raise error from None

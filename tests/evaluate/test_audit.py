@@ -191,6 +191,10 @@ def test_audits_of_other_images_are_not_compared(handed):
     one, other = (pid_ssl.audit(Pixels(), x, pairs=100, replicates=20) for x in (handed[:60], handed[60:120]))
     with pytest.raises(ConfigError, match="images_hash: .*accepted: audits of the same images"):
         pid_ssl.compare(one, other)
+    for given, size, said in ((handed[:60], 16, "side: got 16; .* made alike: 8"),
+                              (handed[:90], None, "images: got .* made alike: .*'fit': 40")):
+        with pytest.raises(ConfigError, match=said):
+            pid_ssl.compare(one, pid_ssl.audit(Pixels(), given, size=size, pairs=100, replicates=20))
 
 
 def test_the_command_compares_two_checkpoints(tmp_path, capsys):
@@ -204,3 +208,29 @@ def test_the_command_compares_two_checkpoints(tmp_path, capsys):
     assert "barlow less barlow, in bits" in capsys.readouterr().out
     assert json.loads((tmp_path / "audit.json").read_text())["about"]["one"]["images"] == {"fit": 1293, "held": 360}
     assert (tmp_path / "audit.png").stat().st_size > 10_000
+
+
+def test_the_command_says_first_what_cannot_be(tmp_path, capsys):
+    for size in (8, 16):
+        config = dict(encoder="small", image_size=size, width=8, loss="barlow", dataset="digits")
+        save_checkpoint(tmp_path / str(size), {"encoder": SmallResNet(8, 1).state_dict()}, {"config": config})
+    (tmp_path / "taken").write_text("a file")
+    two = ["audit", str(tmp_path / "8"), str(tmp_path / "16")]
+    for given, status, said in ((["--folder", str(tmp_path / "taken")], 4, "taken: cannot be written"),
+                                (["--folder", str(tmp_path)], 2, "size: got None; accepted: one for both: theirs are"),
+                                (["--folder", str(tmp_path), "--size", "8", "--split", "train"], 2,
+                                 "split: got 'train'; accepted: val, test")):
+        start = time.time()
+        assert main([*two, *given]) == status and time.time() - start < 20
+        assert said in capsys.readouterr().err
+
+
+def test_a_record_is_json(handed, tmp_path):
+    """Two features have no decay of eigenvalues that could be measured."""
+    found = pid_ssl.audit(Colour(gray=True), handed[:90], pairs=100, replicates=20)
+    found.save(tmp_path / "audit.json")
+    wrong = pytest.fail
+    read = json.loads((tmp_path / "audit.json").read_text(), parse_constant=wrong)
+    assert read["features"]["alpha_req"] == [None, None, None]
+    with pytest.raises(ConfigError, match="audits: got .*; accepted: two of one encoder each"):
+        pid_ssl.compare(pid_ssl.compare(found, found), found)

@@ -8,15 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from conftest import ROOT
 from fault_harness import ARGS
+from PIL import Image
 
 from pid_ssl.config import Config, ConfigError, resolve
 from pid_ssl.data import load_dataset
 from pid_ssl.experiments.pretrain import pretrain
-from pid_ssl.experiments.sweep import Job, expand, submit_sweep
+from pid_ssl.experiments.sweep import Job, SweepFailed, expand, run_sweep, submit_sweep
 from pid_ssl.records import load_records, lock_run, run_id
 
 
@@ -187,6 +189,36 @@ def test_interrupted_at_random(undisturbed, tmp_path, round):
     assert status == 0, err
     assert results(home) == want
     assert not list(home.rglob("epoch-*")) and not list(home.rglob("*.tmp-*"))
+
+
+def test_what_was_fitted_to_a_small_set_is_known_again(tmp_path, capsys):
+    """The preset's sizes are too large for 120 pictures: the record has others than the recipe, and is its record."""
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (120, 8, 8, 3), dtype=np.uint8)):
+        (tmp_path / f"mine/{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / f"mine/{i % 2}/{i}.png")
+    small = dict(dataset="mine", preset="cpu", image_size=8, width=4, projector_dim=8, projector_hidden=8, epochs=1,
+                 data_dir=str(tmp_path), home=str(tmp_path / "home"), threads=1, device="cpu")
+    runs = {**small, "loss": ["barlow", "vicreg"]}
+    first, again = run_sweep(runs, notebooks=False), run_sweep(runs, notebooks=False)
+    assert [r.run_id for r in first] == [r.run_id for r in again]
+    assert first[0].config["train_size"] == 0
+    assert first[0].provenance["asked"] == {"train_size": None, "batch_size": None}
+    assert "2 runs, 2 finished" in capsys.readouterr().out
+    measured = run_sweep(dict(experiment="downstream", task="classify", encoders=runs, threads=1, home=small["home"],
+                              data_dir=small["data_dir"]), notebooks=False)
+    assert [r.config["run"] for r in measured] == [r.run_id for r in first]
+    told = {k: first[0].config[k] for k in ("train_size", "batch_size")}
+    assert run_sweep({**small, "loss": "barlow", **told}, notebooks=False)[0].run_id == first[0].run_id
+
+
+def test_one_encoder_that_fails_keeps_no_other_from_being_measured(tmp_path):
+    encoders = {**ARGS, "epochs": 1, "dataset": ["digits", "elsewhere"], "device": "cpu"}
+    recipe = dict(experiment="downstream", task="classify", threads=1, device="cpu", home=str(tmp_path),
+                  encoders={**encoders, "home": str(tmp_path)})
+    with pytest.raises(SweepFailed, match="not found under") as failed:
+        run_sweep(recipe, notebooks=False)
+    assert failed.value.failures["1 measurements"].startswith("the runs whose encoders they measure")
+    assert len(list(tmp_path.glob("data/downstream/*.json"))) == 1, "that of the other"
 
 
 def test_notebooks_of_a_sweep(tmp_path):

@@ -17,6 +17,7 @@ from pid_ssl.__main__ import main
 from pid_ssl.config import Config, ConfigError, identity, resolve
 from pid_ssl.data import DataError, load_dataset, open_source
 from pid_ssl.evaluate import evaluate_encoder
+from pid_ssl.experiments.downstream import DownstreamConfig, run_downstream
 from pid_ssl.figures.page import Watch, plot_neighbours
 from pid_ssl.figures.runs import results_table, run_table
 from pid_ssl.models import SmallResNet, load_encoder
@@ -75,12 +76,12 @@ def config(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def record(config):
-    with pytest.warns(UserWarning, match="flat has 288 training images, fewer than the preset's train_size 10240"):
+    with pytest.warns(UserWarning, match="flat has 288 training images, too few for the preset's train_size 10240"):
         return pretrain(config)
 
 
 def test_a_run_without_labels_records_what_needs_none(config, record):
-    assert (record.config["train_size"], record.config["batch_size"]) == (0, 256)
+    assert (record.config["train_size"], record.config["batch_size"]) == (0, 64)
     rank = {"test_rankme", "control_test_rankme"}
     assert rank == {k for k in record.metrics if "pid_coordinate" not in k}
     assert all(1 <= record.metrics[k] <= 16 for k in rank)
@@ -95,8 +96,8 @@ def test_a_probe_dataset_gives_the_accuracies_of_the_same_encoder(config, record
     probed = dataclasses.replace(config, probe_dataset="classes")
     found = pretrain(probed)
     read = load_dataset("classes", 8, data_dir=config.data_dir)
-    made = run_id(resolve(dataclasses.replace(probed, train_size=0)), found.provenance["dataset_hash"], "cpu",
-                  read.content_hash)
+    fitted = resolve(dataclasses.replace(probed, train_size=0, batch_size=64))
+    made = run_id(fitted, found.provenance["dataset_hash"], "cpu", read.content_hash)
     assert found.run_id == made and found.provenance["probe_hash"] == read.content_hash
     assert found.history == record.history
     encoder = load_encoder(checkpoint_folder(config, found.run_id) / "final")[0]
@@ -108,6 +109,15 @@ def test_a_probe_dataset_gives_the_accuracies_of_the_same_encoder(config, record
         assert len(results_table([record, found])) == 3
     with pytest.raises(ValueError, match="no accuracies, their images have no labels; accepted"):
         results_table([record])
+
+
+@pytest.mark.filterwarnings("ignore:classes has")
+def test_labels_that_a_run_left_out_can_be_measured(config):
+    run = pretrain(dataclasses.replace(config, dataset="classes", labels="none"))
+    given = dict(run=run.run_id, home=config.home, data_dir=config.data_dir, threads=1, device="cpu")
+    assert run_downstream(DownstreamConfig(task="classify", **given)).metrics["test_linear_logreg"] > 50
+    with pytest.raises(ConfigError, match="dataset: got 'flat'; accepted: one with labels; flat has none"):
+        run_downstream(DownstreamConfig(task="transfer", dataset="flat", **given))
 
 
 def test_the_command_says_what_is_missing_before_it_trains(config):

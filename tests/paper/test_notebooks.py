@@ -43,6 +43,22 @@ def test_small_and_readable(path):
             assert all(a.name != "*" for a in node.names), "no wildcard imports"
 
 
+def names(node, how):
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, how)}
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if '"parameters"' in p.read_text()], ids=lambda p: p.stem)
+def test_a_parameter_stays_what_was_asked(path):
+    """No later cell gives its name to something else; it may be made into something of itself."""
+    code = [re.sub(r"(?m)^[%!].*$", "", cell) for cell in cells(path)]
+    told = [c["metadata"].get("tags") == ["parameters"] for c in json.loads(path.read_text())["cells"]
+            if c["cell_type"] == "code"].index(True)
+    parameters, later = names(ast.parse(code[told]), ast.Store), ast.parse("\n".join(code[told + 1:]))
+    made_of_it = lambda n: isinstance(n, ast.Assign) and names(n, ast.Store) <= names(n.value, ast.Load)
+    later.body = [n for n in later.body if not made_of_it(n)]
+    assert parameters and not parameters & names(later, ast.Store)
+
+
 ENTRIES = {"run_experiment": Config, "run_controlled": ControlledConfig, "run_downstream": DownstreamConfig}
 
 

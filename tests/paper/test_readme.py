@@ -57,7 +57,7 @@ def test_the_loop_learns(tmp_path):
     assert "'relation_synergy'" in said
     before, after = (float(x) for x in re.findall(r"5-NN .* (\d\.\d+)", said))
     assert after > before + 0.2
-    promised = [float(x) for x in re.findall(r"# (\d\.\d+)$", loop, re.M)]
+    promised = [float(x) for x in re.findall(r"# about (\d\.\d+)$", loop, re.M)]
     assert [before, after] == pytest.approx(promised, abs=0.06)
     assert not list(tmp_path.iterdir()), "a training loop of one's own writes nothing"
 

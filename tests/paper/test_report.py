@@ -9,6 +9,7 @@ from conftest import ROOT
 pytest.importorskip("latex2mathml", reason="extra report")
 from pid_ssl.config import exit_status  # noqa: E402
 from pid_ssl.paper.report import NotebookFailed, build_report, command, rooms  # noqa: E402
+from pid_ssl.records import StorageError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,12 @@ def test_formulas_are_drawn(page):
     body = page.split("</nav>")[1].split('<h1 id="figures"')[0]
     body = re.sub(r"<(pre|code)\b.*?</\1>", "", body, flags=re.S)
     assert "<math" in body and "\\frac" not in body and not re.search(r"formula\d+x", page)
+
+
+def test_a_page_that_cannot_be_written_is_said_first(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(StorageError, match="taken: cannot be written"):
+        build_report(tmp_path / "taken")
 
 
 def test_a_failing_notebook_is_named(tmp_path, monkeypatch):
