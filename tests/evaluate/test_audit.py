@@ -1,4 +1,5 @@
 """The audit tells apart encoders that are known by construction, whatever module and images it is given."""
+import importlib
 import json
 import time
 
@@ -210,7 +211,9 @@ def test_the_command_compares_two_checkpoints(tmp_path, capsys):
     assert (tmp_path / "audit.png").stat().st_size > 10_000
 
 
-def test_the_command_says_first_what_cannot_be(tmp_path, capsys):
+def test_the_command_says_first_what_cannot_be(tmp_path, capsys, monkeypatch):
+    work = importlib.import_module("pid_ssl.evaluate.audit")
+    monkeypatch.setattr(work, "_target_bits", lambda *given: pytest.fail("work was begun"))
     for size in (8, 16):
         config = dict(encoder="small", image_size=size, width=8, loss="barlow", dataset="digits")
         save_checkpoint(tmp_path / str(size), {"encoder": SmallResNet(8, 1).state_dict()}, {"config": config})
@@ -220,17 +223,14 @@ def test_the_command_says_first_what_cannot_be(tmp_path, capsys):
                                 (["--folder", str(tmp_path)], 2, "size: got None; accepted: one for both: theirs are"),
                                 (["--folder", str(tmp_path), "--size", "8", "--split", "train"], 2,
                                  "split: got 'train'; accepted: val, test")):
-        start = time.time()
-        assert main([*two, *given]) == status and time.time() - start < 20
-        assert said in capsys.readouterr().err
+        assert main([*two, *given]) == status and said in capsys.readouterr().err
 
 
 def test_a_record_is_json(handed, tmp_path):
     """Two features have no decay of eigenvalues that could be measured."""
     found = pid_ssl.audit(Colour(gray=True), handed[:90], pairs=100, replicates=20)
     found.save(tmp_path / "audit.json")
-    wrong = pytest.fail
-    read = json.loads((tmp_path / "audit.json").read_text(), parse_constant=wrong)
+    read = json.loads((tmp_path / "audit.json").read_text(), parse_constant=pytest.fail)
     assert read["features"]["alpha_req"] == [None, None, None]
     with pytest.raises(ConfigError, match="audits: got .*; accepted: two of one encoder each"):
         pid_ssl.compare(pid_ssl.compare(found, found), found)
