@@ -1,6 +1,6 @@
 """Seconds a training step takes, loss by loss: eager and compiled on a CUDA GPU, the first thing to know before long
-runs there; processor seconds, one loss after another in turns, on a CPU. And the largest memory, each in a process
-alone.
+runs there; processor seconds, one loss after another in turns, on a CPU. And the largest memory: what a loss takes
+of the GPU, or that of a process with nothing else.
 
     python tests/harness/step_harness.py [--dataset cifar10] [--steps 60] [--out data/benchmarks/gpu_speed.json]
     python tests/harness/step_harness.py --turns 5 --out data/benchmarks/relation_speed.json
@@ -35,11 +35,23 @@ class Steps:
     """Training steps of a config on one batch."""
 
     def __init__(self, config, data, device):
+        before = self._memory(device)
         self.state, self.device = Pretraining(config, data, device), device
         self.images = self.state.images[: step_images(config)].to(device)
         begin = time.perf_counter()
         self.take(WARM_UP)
         self.warm_up = time.perf_counter() - begin
+        self.memory = self._memory(device, begins=False) - before
+
+    @staticmethod
+    def _memory(device, begins=True):
+        # bytes in use on a GPU, where counting begins, and at most since then; of a CPU `alone` tells
+        if device != "cuda":
+            return 0
+        if begins:
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        return torch.cuda.max_memory_allocated()
 
     def take(self, number):
         """Seconds a step: of the wall on a GPU, of the processor on a CPU, where other programs may run beside."""
@@ -56,11 +68,9 @@ class Steps:
 
 
 def peak_memory(config, device):
-    """Largest memory of a process that takes steps of this config and nothing else: of the GPU, or of the process."""
+    """Largest memory of a process that takes steps of this config and nothing else."""
     steps = Steps(config, load_dataset(config.dataset, config.image_size, config.train_size), device)
     steps.take(WARM_UP)
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -76,7 +86,7 @@ def described(name, config, seconds, steps):
     row = dict(loss=name, compiled=config.compiled, s_per_step=seconds[len(seconds) // 2], s_each=seconds)
     row |= dict(warm_up_s=steps.warm_up, steps_an_epoch=steps.state.steps, epochs=config.epochs)
     row |= dict(encoder=config.encoder, optimizer=config.optimizer, batch_size=config.batch_size, views=config.views)
-    return row | dict(peak_memory_bytes=alone(config, steps.device))
+    return row | dict(peak_memory_bytes=steps.memory or alone(config, steps.device))
 
 
 def main():
