@@ -26,27 +26,27 @@ def barlow_sums(c12: torch.Tensor, # (d, d) cross-correlation of the views
 # %% ../../nbs/losses/52_baselines.ipynb #5b0c1e02
 _MANY = 512 # samples from which on torch's kernels do it
 
-def _mean(x):
-    return x.sum(0).div_(float(len(x)))  # an integer would be converted first, which takes longer than the sum
+def _size(x):
+    # as a tensor: to make one of a number takes longer than what it divides
+    return torch.tensor(len(x), dtype=x.dtype, device='cpu')
 
-def _standardised(z, eps=1e-5):
+def _standardised(z, n, eps=1e-5):
     # `standardise`, and what its gradient needs
     if len(z) >= _MANY:
         x, mean, scale = torch.native_batch_norm(z, None, None, None, None, True, 0., eps)
-        return x, z, mean, scale
-    x = z - _mean(z)
-    scale = _mean(x*x).add_(eps).rsqrt_()
+        return x, x, scale
+    x = z - z.sum(0).div_(n)
+    scale = (x*x).sum(0).div_(n).add_(eps).rsqrt_()
     return x*scale, x, scale
 
-def _before(g, x, *by, eps=1e-5):
-    # the gradient g of standardised values becomes that of what they were
-    if len(x) >= _MANY:
-        of_x = True, False, False
-        return torch.ops.aten.native_batch_norm_backward(g, x, None, None, None, *by, True, eps, of_x)[0]
-    (scale,) = by
-    slope = (x*g).sum(0).mul_(scale.pow(3)).div_(-float(len(x)))
-    g.mul_(scale).add_(x*slope)
-    return g.sub_(_mean(g))
+def _before(x, y, c12, g12, n, centred, scale):
+    # the gradient g12 of the correlations c12 of x with y becomes that of what x was before it was standardised
+    if len(x) >= _MANY:  # means of the gradient, by itself and times x, without another way through the batch
+        return (y @ (g12.T*scale)).addcmul_(x, (c12*g12).sum(1).mul_(scale), value=-1)
+    g, x = y @ g12.T, centred
+    slope = (x*g).sum(0).mul_(scale.pow(3)).div_(n)
+    g.mul_(scale).sub_(x*slope)
+    return g.sub_(g.sum(0).div_(n))
 
 def _equation1(z1, z2, weight):
     return barlow_sums(cross_correlation(standardise(z1), standardise(z2)), weight)
@@ -54,11 +54,12 @@ def _equation1(z1, z2, weight):
 class _Equation1(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z1, z2, weight, told):
-        (x, *by1), (y, *by2) = _standardised(z1), _standardised(z2)
-        c12 = (x.T @ y).div_(float(len(x)))
+        n = _size(z1)
+        (x, *by1), (y, *by2) = _standardised(z1, n), _standardised(z2, n)
+        c12 = (x.T @ y).div_(n)
         loss, terms = barlow_sums(c12, weight)
         ctx.save_for_backward(z1, z2, x, y, c12, *by1, *by2)
-        ctx.weight = weight
+        ctx.weight, ctx.n = weight, n
         told.update(terms)
         return loss
 
@@ -72,9 +73,8 @@ class _Equation1(torch.autograd.Function):
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None
         g12 = c12*(2*ctx.weight*g)
         g12.diagonal().copy_((1 - c12.diagonal()).mul_(-2*g))
-        g12.div_(float(len(x)))
-        half = len(by)//2
-        return _before(y @ g12.T, *by[:half]), _before(x @ g12, *by[half:]), None, None
+        g12.div_(ctx.n)
+        return _before(x, y, c12, g12, ctx.n, *by[:2]), _before(y, x, c12.T, g12.T, ctx.n, *by[2:]), None, None
 
 # %% ../../nbs/losses/52_baselines.ipynb #5b0c1e03
 class BarlowTwins(SSLLoss):
