@@ -7,7 +7,7 @@ __all__ = ['standardise', 'cross_correlation', 'scale_gradient', 'off_diagonal',
            'check_integer', 'SSLLoss']
 
 # %% ../../nbs/losses/51_base.ipynb #5ea7ba10
-import contextlib, itertools
+import itertools
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -112,13 +112,14 @@ def check_integer(name: str,  # the argument
 # %% ../../nbs/losses/51_base.ipynb #7d20b5aa
 def _gathered(t):
     # float32 or better, of all processes
-    return gather(t if t.dtype == torch.float64 else t.float())
+    return t if t is None else gather(t if t.dtype == torch.float64 else t.float())
 
-def _check_inputs(loss, views, targets):
-    z1, name = views[0], type(loss).__name__
-    alone = len(views) == 2 and not loss.needs_target and all(t is None for t in targets.values())
-    if alone and z1.ndim == 2 and len(z1) > 1 and z1.shape == getattr(views[1], 'shape', None):
+def _check_inputs(loss, views, target, target2):
+    z1, z2 = views[:2]
+    usual = len(views) == 2 and z2 is not None and target is None and target2 is None and not loss.needs_target
+    if usual and z1.ndim == 2 and z1.shape == z2.shape and len(z1) > 1:
         return  # words are for what is wrong
+    targets, name = dict(target=target, target2=target2), type(loss).__name__
     shapes = [None if z is None else tuple(z.shape) for z in views]
     found = f"shapes {' and '.join(map(str, shapes))}" if len(shapes) == 2 else f'{len(shapes)} views of {shapes[0]}'
     require(z1.ndim == 2 and len(set(shapes)) == 1, 'z1, z2', f'got {found}', 'the same (n, d) twice')
@@ -170,12 +171,17 @@ class SSLLoss(nn.Module):
                ) -> torch.Tensor:                    # scalar
         "The loss over the batch of all processes; raises `ValueError` on wrong shapes and on a missing target."
         z1, z2, *more = z1 if z2 is None and len(z1) > 1 else (z1, z2)
-        _check_inputs(self, (z1, z2, *more), dict(target=target, target2=target2))
+        _check_inputs(self, (z1, z2, *more), target, target2)
+        compute, targets = self.compute_peers if more else self.compute, ()
+        if self.needs_target:
+            targets = [t if t is None else t.detach() for t in (target, target2)]
         kind = z1.device.type
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
-            given = (target, target2) if self.needs_target else ()
-            targets = [None if t is None else _gathered(t.detach()) for t in given]
-            compute = self.compute_peers if more else self.compute
-            loss, terms = compute(*map(_gathered, (z1, z2, *more)), *targets)
-        self.terms = {k: v.detach() for k, v in terms.items()}
+        if not torch.is_autocast_enabled(kind):
+            return self._exact(compute, z1, z2, *more, *targets)
+        with torch.autocast(kind, enabled=False):
+            return self._exact(compute, z1, z2, *more, *targets)
+
+    def _exact(self, compute, *given):
+        loss, terms = compute(*map(_gathered, given))
+        vars(self)['terms'] = {k: v.detach() if v.requires_grad else v for k, v in terms.items()}
         return loss

@@ -19,9 +19,14 @@ def barlow_sums(c12: torch.Tensor, # (d, d) cross-correlation of the views
                 weight: float,     # of the off-diagonal term
                ) -> tuple:         # loss, terms
     "Equation 1 of Barlow Twins for a cross-correlation matrix."
+    return _sums(c12, weight)[:2]
+
+def _sums(c12, weight):
+    # and what the diagonal lacks
     c, off = c12.diagonal(), off_diagonal(c12).square().sum()
-    on = (1 - c).square().sum()
-    return on + weight*off, dict(invariance=on, feature_redundancy=off, c=c.mean())
+    lacks = 1 - c
+    on = lacks.square().sum()
+    return on + weight*off, dict(invariance=on, feature_redundancy=off, c=c.mean()), lacks
 
 # %% ../../nbs/losses/52_baselines.ipynb #5b0c1e02
 _MANY = 512 # samples from which on torch's kernels do it
@@ -57,22 +62,22 @@ class _Equation1(torch.autograd.Function):
         n = _size(z1)
         (x, *by1), (y, *by2) = _standardised(z1, n), _standardised(z2, n)
         c12 = (x.T @ y).div_(n)
-        loss, terms = barlow_sums(c12, weight)
-        ctx.save_for_backward(z1, z2, x, y, c12, *by1, *by2)
+        loss, terms, lacks = _sums(c12, weight)
+        ctx.save_for_backward(z1, z2, x, y, c12, lacks, *by1, *by2)
         ctx.weight, ctx.n = weight, n
         told.update(terms)
         return loss
 
     @staticmethod
     def backward(ctx, g):
-        z1, z2, x, y, c12, *by = ctx.saved_tensors
+        z1, z2, x, y, c12, lacks, *by = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants the gradient of the gradient
             apart = [z.view_as(z) for z in (z1, z2)]  # one may be made of the other
             wanted = [z for z, needed in zip(apart, ctx.needs_input_grad) if needed]
             found = iter(torch.autograd.grad(_equation1(*apart, ctx.weight)[0], wanted, g, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None
         g12 = c12*(2*ctx.weight*g)
-        g12.diagonal().copy_((1 - c12.diagonal()).mul_(-2*g))
+        g12.diagonal().copy_(lacks*(-2*g))
         g12.div_(ctx.n)
         return _before(x, y, c12, g12, ctx.n, *by[:2]), _before(y, x, c12.T, g12.T, ctx.n, *by[2:]), None, None
 
