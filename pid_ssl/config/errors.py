@@ -6,7 +6,7 @@
 __all__ = ['EXIT_STATUS', 'ConfigError', 'require', 'require_value', 'unknown', 'Exit', 'exit_status', 'exit_meaning', 'guarded']
 
 # %% ../../nbs/config/01_errors.ipynb #ab2403ce
-import difflib, sys
+import difflib, os, select, sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -106,9 +106,25 @@ def guarded(command: Callable, # takes the arguments; prints, and raises on an e
     try:
         command(argv)
         return 0
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        return 128 + 13
     except (Exception, KeyboardInterrupt) as e:
         status = exit_status(e)
         if status is None:
             raise
         print(e if status > 128 else f'error: {e}', file=sys.stderr)
         return status
+
+def _unread():
+    # whether it is standard output that nobody reads; what is left of it goes nowhere
+    poll = getattr(select, 'poll', None)
+    if poll is None or sys.stdout is not sys.__stdout__:
+        return False
+    pipe, number = poll(), sys.stdout.fileno()
+    pipe.register(number, 0)  # errors are told always
+    gone = bool(pipe.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return gone

@@ -112,12 +112,12 @@ class _Run:
 
     def where(self) -> str:
         "How far it has come."
-        step = f', step {len(self.state.log)}' if self.state.log else ''
-        return f'after epoch {len(self.state.history)}{step}'
+        step = f', step {len(self.state.log)} of {self.state.steps}' if self.state.log else ''
+        return f'after epoch {len(self.state.history)} of {self.config.epochs}{step}'
 
     def saved(self) -> str:
         "Where it goes on."
-        at = f'{self.where()} of {self.config.epochs} in {self.folder}'
+        at = f'{self.where()} in {self.folder}'
         return f'run {self.record.run_id} is saved {at}; the same call goes on there'
 
     def asked(self) -> bool:

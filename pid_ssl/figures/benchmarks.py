@@ -263,15 +263,16 @@ def cost_table(speed: dict, # relation_speed
                'peak of its baseline': f'{d:,.0f}', 'more memory': more(c, d)}
 
 @tabled
-def gpu_speed_table(speed: dict, # gpu_speed
-                   ):            # pandas DataFrame of text
+def gpu_speed_table(*speeds: dict, # gpu_speed
+                   ):              # pandas DataFrame of text
     "A step of each loss as it is and compiled."
-    for loss in dict.fromkeys(r['loss'] for r in speed['rows']):
-        eager, compiled = [r for r in speed['rows'] if r['loss'] == loss]  # in this order
-        a, b, first = (r['s_per_step'] for r in (eager, compiled, speed['rows'][0]))
-        yield {'loss': LOSS_TABLE[loss].title, 'views': str(eager['views']), 'ms a step': f'{1e3*a:.1f}',
-               'compiled': f'{1e3*b:.1f}', 'times faster': f'{a/b:.2f}', 'of Barlow Twins': f'{a/first:.2f}',
-               'image passes a second': f"{compiled['batch_size']*2/b:,.0f}"}
+    for speed in speeds:
+        for eager, compiled in zip(*([r for r in speed['rows'] if r['compiled'] == c] for c in (False, True))):
+            a, b, first = (r['s_per_step'] for r in (eager, compiled, speed['rows'][0]))
+            yield {'loss': LOSS_TABLE[eager['loss']].title, 'optimiser': eager.get('optimizer', 'adamw'),
+                   'views': str(eager['views']), 'images': str(2*eager['batch_size']//eager['views']),
+                   'ms a step': f'{1e3*a:.1f}', 'compiled': f'{1e3*b:.1f}', 'of Barlow Twins': f'{a/first:.2f}',
+                   'views a second': f"{compiled['batch_size']*2/min(a, b):,.0f}"}
 
 # %% ../../nbs/figures/89_benchmarks.ipynb #42aa0002
 @tabled

@@ -6,6 +6,7 @@
 __all__ = ['plot_growth_pid', 'plot_growth_losses', 'plot_growth_steps']
 
 # %% ../../nbs/figures/89_growth.ipynb #89b00003
+import math
 from .base import SMALLEST, panels, plotting
 
 # %% ../../nbs/figures/89_growth.ipynb #89701d05
@@ -17,8 +18,9 @@ def plot_growth_pid(speed: dict, # pid_speed
              'labels': ('labels', 'BROJA, 8 x 8 cells: labels'), 'dimension': ('d', 'Gaussian union information: d')}
     fig, axes = panels(1, 4, 1.9)
     for ax, (name, (x, title)) in zip(axes, shown.items()):
-        at = [r[x] for r in grown[name]]
-        ax.loglog(at, [r['s'] for r in grown[name]], 'o-', ms=3)
+        at, seconds = ([r[k] for r in grown[name]] for k in (x, 's'))
+        ax.loglog(at, seconds, 'o-', ms=3)
+        ax.set_ylim(10.**math.floor(math.log10(min(seconds))), 10.**math.ceil(math.log10(max(seconds))))  # numbered
         ax.set_title(title, fontsize=SMALLEST)
         _sparse_ticks(ax, at)
     axes[0].set_ylabel('seconds')

@@ -76,13 +76,13 @@ def test_signal_saves_and_stops(number, status, run, whole):
     """In the middle of the second epoch: the step is finished, saved, and the next start goes on with the next one."""
     got, text = run.start("signal_at", 2, int(number))
     assert got == status and not run.records
-    assert f"stopped by {number.name}" in text and "saved after epoch 1, step 1 of 3" in text
+    assert f"stopped by {number.name}" in text and "saved after epoch 1 of 3, step 1 of " in text
     assert "Traceback" not in text
     (folder,) = run.checkpoints[-1:]
     header = load_checkpoint(folder)[1]
     assert (header["epoch"], header["step"]) == (1, 3)
     got, text = run.start()
-    assert got == 0 and "resumed after epoch 1, step 1" in text and run.faults(whole) == []
+    assert got == 0 and "resumed after epoch 1 of 3, step 1 of " in text and run.faults(whole) == []
 
 
 LAB = dict(optimizer="muon", muon_steps=3, amp="on", image_size=16, early_size=8, early_share=0.5)  # of the lab preset
