@@ -11,6 +11,7 @@ from pathlib import Path
 from ..config import project_root, read_options, require_value
 from .images import DataError, expect, file_hash
 from .table import COPIES
+from ..records.storage import check_folder, writing
 
 # %% ../../nbs/data/38_copies.ipynb #0a9f1486
 def _labels(checkout):
@@ -43,7 +44,8 @@ def build_copy(name: str,                        # in `COPIES`
                checkout: str | Path,             # the repository at its commit
                folder: str | Path | None = None, # for train.parquet and test.parquet; default data/datasets/<name>
               ) -> dict:                         # split -> whether the file is, byte for byte, the one of the records
-    "Make a dataset's Parquet files; raises `ConfigError` for another name, `DataError` where images are missing."
+    """Make a dataset's Parquet files; raises `ConfigError` for another name, `DataError` where images are missing,
+    `StorageError` where they cannot be written."""
     import pyarrow, pyarrow.parquet
     require_value(name in COPIES, 'name', name, ', '.join(COPIES))
     copy, checkout, folder = COPIES[name], Path(checkout), Path(folder or project_root()/'data'/'datasets'/name)
@@ -51,7 +53,7 @@ def build_copy(name: str,                        # in `COPIES`
     for split, n in copy.images.items():
         expect(len(found[split]) == n, checkout, f'{len(found[split])} images for {split}',
                f'a checkout of {copy.repository} at {copy.commit}, which has {n}')
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
     for split, labels in found.items():
         try:
             table = _table(checkout, labels, sorted(set(found['train'].values())))
@@ -60,9 +62,10 @@ def build_copy(name: str,                        # in `COPIES`
                             f'accepted: a whole checkout of {copy.repository}') from None
         # written beside and moved, so that a half-written file never has the name
         file, made = folder/f'{split}.parquet', folder/f'{split}.parquet.part'
-        pyarrow.parquet.write_table(table, made, **_AS_WRITTEN)
-        same[split] = file_hash(made) == copy.sha256[split]
-        made.replace(file)
+        with writing(file):
+            pyarrow.parquet.write_table(table, made, **_AS_WRITTEN)
+            same[split] = file_hash(made) == copy.sha256[split]
+            made.replace(file)
         version = f'pyarrow {pyarrow.__version__}, or other images'
         which = '' if same[split] else f'not the file of the records ({version}): runs on it get ids of their own'
         print(f"{file}: {len(table)} images, {which or 'the file of the records'}", flush=True)
