@@ -29,7 +29,7 @@ def _sums(c12, weight):
     return on + weight*off, dict(invariance=on, feature_redundancy=off, c=c.mean()), lacks
 
 # %% ../../nbs/losses/52_baselines.ipynb #5b0c1e02
-_MANY = 512 # samples from which on torch's kernels do it
+_MANY = 512 # samples from which on the shorter way is taken
 
 def _size(x):
     # as a tensor: to make one of a number takes longer than what it divides
@@ -39,16 +39,19 @@ def _standardised(z, n, eps=1e-5):
     # `standardise`, and what its gradient needs
     if len(z) >= _MANY:
         x, mean, scale = torch.native_batch_norm(z, None, None, None, None, True, 0., eps)
-        return x, x, scale
+        return x, scale
     x = z - z.sum(0).div_(n)
     scale = (x*x).sum(0).div_(n).add_(eps).rsqrt_()
     return x*scale, x, scale
 
-def _before(x, y, c12, g12, n, centred, scale):
+def _of_inputs(x, y, sum_x, sum_y, c12, g12, n, scale):
     # the gradient g12 of the correlations c12 of x with y becomes that of what x was before it was standardised
-    if len(x) >= _MANY:  # means of the gradient, by itself and times x, without another way through the batch
-        return (y @ (g12.T*scale)).addcmul_(x, (c12*g12).sum(1).mul_(scale), value=-1)
-    g, x = y @ g12.T, centred
+    to_inputs, slope = g12.T*scale, (c12*g12).sum(1).mul_(scale)
+    means = (sum_x*slope - sum_y @ to_inputs).div_(n)  # of rounding alone, but in a constant column that is much
+    return torch.addmm(means, y, to_inputs).addcmul_(x, slope, value=-1)
+
+def _step_by_step(g, n, x, scale):
+    # the same from the gradient g of standardised values, x being centred
     slope = (x*g).sum(0).mul_(scale.pow(3)).div_(n)
     g.mul_(scale).sub_(x*slope)
     return g.sub_(g.sum(0).div_(n))
@@ -79,7 +82,11 @@ class _Equation1(torch.autograd.Function):
         g12 = c12*(2*ctx.weight*g)
         g12.diagonal().copy_(lacks*(-2*g))
         g12.div_(ctx.n)
-        return _before(x, y, c12, g12, ctx.n, *by[:2]), _before(y, x, c12.T, g12.T, ctx.n, *by[2:]), None, None
+        if len(x) < _MANY:
+            return _step_by_step(y @ g12.T, ctx.n, *by[:2]), _step_by_step(x @ g12, ctx.n, *by[2:]), None, None
+        sum_x, sum_y = x.sum(0), y.sum(0)
+        of_z1 = _of_inputs(x, y, sum_x, sum_y, c12, g12, ctx.n, by[0])
+        return of_z1, _of_inputs(y, x, sum_y, sum_x, c12.T, g12.T, ctx.n, by[1]), None, None
 
 # %% ../../nbs/losses/52_baselines.ipynb #5b0c1e03
 class BarlowTwins(SSLLoss):
