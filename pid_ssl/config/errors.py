@@ -104,7 +104,7 @@ def guarded(command: Callable, # takes the arguments; prints, and raises on an e
            ) -> int:           # exit status
     "Run a command; what goes wrong is one line on standard error."
     try:
-        command(argv)
+        _flushed(command, argv)
         return 0
     except BrokenPipeError:
         if not _unread():
@@ -116,6 +116,15 @@ def guarded(command: Callable, # takes the arguments; prints, and raises on an e
             raise
         print(e if status > 128 else f'error: {e}', file=sys.stderr)
         return status
+
+def _flushed(command, argv):
+    # a reader that has gone is met here, not when the interpreter ends
+    try:
+        command(argv)
+    except SystemExit:  # argparse's, after --help
+        print(end='', flush=True)
+        raise
+    print(end='', flush=True)
 
 def _unread():
     # whether it is standard output that nobody reads; what is left of it goes nowhere

@@ -77,7 +77,7 @@ def losses_beside_table(*records: dict, # loss_speed, one a processor
     "lightly's processor time by ours at every size, the two alone in a loop, medians of the turns."
     sizes = {}
     for record in records:
-        for r in (r for r in record['rows'] if 'lightly_by_ours' in r):
+        for r in (r for r in record['rows'] if r['loss'] in ('Barlow Twins', 'VICReg', 'SimCLR')):
             row = sizes.setdefault((r['n'], r['d']), {'n': str(r['n']), 'd': str(r['d'])})
             row[f"{r['loss']}, {record['provenance']['processor']}"] = f"{r['lightly_by_ours']['ratio']:.2f}"
     yield from sizes.values()
@@ -267,8 +267,10 @@ def gpu_speed_table(*speeds: dict, # gpu_speed
                    ):              # pandas DataFrame of text
     "A step of each loss as it is and compiled."
     for speed in speeds:
-        for eager, compiled in zip(*([r for r in speed['rows'] if r['compiled'] == c] for c in (False, True))):
-            a, b, first = (r['s_per_step'] for r in (eager, compiled, speed['rows'][0]))
+        rows = {(r['loss'], r['compiled']): r for r in speed['rows']}
+        for eager in (r for r in speed['rows'] if not r['compiled']):
+            compiled, barlow = rows[eager['loss'], True], rows['barlow', False]
+            a, b, first = (r['s_per_step'] for r in (eager, compiled, barlow))
             yield {'loss': LOSS_TABLE[eager['loss']].title, 'optimiser': eager.get('optimizer', 'adamw'),
                    'views': str(eager['views']), 'images': str(2*eager['batch_size']//eager['views']),
                    'ms a step': f'{1e3*a:.1f}', 'compiled': f'{1e3*b:.1f}', 'of Barlow Twins': f'{a/first:.2f}',

@@ -32,7 +32,7 @@ def _sums(c12, weight):
 _MANY = 512 # samples from which on the shorter way is taken
 
 def _size(x):
-    # as a tensor: to make one of a number takes longer than what it divides
+    # of float32 or better; as a tensor, since to make one of a number takes longer than what it divides
     return torch.tensor(len(x), dtype=x.dtype, device='cpu')
 
 def _standardised(z, n, eps=1e-5):

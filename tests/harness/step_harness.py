@@ -1,6 +1,6 @@
 """Seconds a training step takes, loss by loss: eager and compiled on a CUDA GPU, the first thing to know before long
 runs there; processor seconds, one loss after another in turns, on a CPU. And the largest memory: what a loss takes
-of the GPU, or that of a process with nothing else.
+of the GPU (the first with what CUDA's libraries keep for all), or that of a process with nothing else.
 
     python tests/harness/step_harness.py [--dataset cifar10] [--steps 60] [--out data/benchmarks/gpu_speed.json]
     python tests/harness/step_harness.py --turns 5 --out data/benchmarks/relation_speed.json
@@ -9,6 +9,7 @@ Each loss with the defaults of the `gpu` preset, or of the device's own where th
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -49,6 +50,7 @@ class Steps:
         if device != "cuda":
             return 0
         if begins:
+            gc.collect()  # what an earlier one has left
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
         return torch.cuda.max_memory_allocated()
