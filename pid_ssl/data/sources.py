@@ -6,7 +6,7 @@
 __all__ = ['torchvision_source', 'data_folders', 'open_source', 'Stored']
 
 # %% ../../nbs/data/34_sources.ipynb #13ea094f
-import dataclasses, difflib, hashlib, operator, os, warnings
+import dataclasses, difflib, hashlib, os, warnings
 from collections.abc import Iterator
 from pathlib import Path
 import numpy as np
@@ -163,6 +163,13 @@ def _open(name, data_dir, download, labels):
     raise _missing(name, folders)
 
 # %% ../../nbs/data/34_sources.ipynb #9882378b
+def _state(path):
+    try:
+        found = path.stat()
+    except OSError as e:
+        raise DataError(f'{path}: cannot be read ({e.strerror or e}); accepted: files that stay there') from None
+    return found.st_size, found.st_mtime_ns
+
 class Stored:
     "Images in their order; raises `DataError` where there are none."
     def __init__(self,
@@ -190,8 +197,7 @@ class Stored:
              ) -> list:   # of (file below the folder, row or None, bytes of the file and its time of change)
         "What the images are called, and how a change is seen."
         name = lambda path: path.relative_to(self.root).as_posix().encode(errors='surrogateescape')
-        state = lambda path: operator.attrgetter('st_size', 'st_mtime_ns')(path.stat())
-        about = lambda path: (name(path).decode(errors='backslashreplace'), state(path))
+        about = lambda path: (name(path).decode(errors='backslashreplace'), _state(path))
         if not self.shards:
             return [(file, None, now) for file, now in map(about, self.files[start:stop])]
         return [(file, row, now) for _, shard, rows in self._rows(start, stop)
