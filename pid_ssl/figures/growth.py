@@ -15,7 +15,7 @@ def plot_growth_pid(speed: dict, # pid_speed
     "Decompositions: seconds against tables, cells, labels and dimensions."
     grown = speed['growth'] | {'labels': [r | {'s': r['pid_discrete_cpu_s']} for r in speed['labels']]}
     shown = {'batch': ('batch', 'BROJA, 4 x 4 x 4: tables'), 'alphabet': ('alphabet', 'BROJA, 100 tables: alphabet'),
-             'labels': ('labels', 'BROJA, 8 x 8 cells: labels'), 'dimension': ('d', 'Gaussian union information: d')}
+             'labels': ('labels', 'BROJA, 8 x 8 cells: labels'), 'dimension': ('d', 'Gaussian union: dimensions')}
     fig, axes = panels(1, 4, 1.9)
     for ax, (name, (x, title)) in zip(axes, shown.items()):
         at, seconds = ([r[k] for r in grown[name]] for k in (x, 's'))
